@@ -1,0 +1,35 @@
+# Two commands on a bare machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := train,audit,web,tensorrt-rtx,dev
+
+.PHONY: demo test setup check test-all gpu bench serve
+setup: .venv/installed
+.venv/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard protos/*/*.proto protos/*/*/*.proto)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup
+	$(BIN)/tenet demo
+
+test: setup
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+check: setup
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+test-all: setup
+	$(BIN)/pytest -m 'not gpu'
+
+gpu: setup
+	$(BIN)/pytest -m gpu
+
+bench: setup
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+serve: setup
+	$(BIN)/tenet serve --repository models

@@ -1,0 +1,1 @@
+"""Checkpoint (or anybody's ONNX) -> engines with proof of parity, in a versioned model repository."""

@@ -1,0 +1,235 @@
+"""Publish engines: build the file, prove its parity, describe it, and only then let readers see it.
+
+checkpoint --onnx_graph--> fp32 ONNX --parity with PyTorch--> model@1
+model@1 --precision, tensorrt_plan--> variant --parity with model@1--> variant@1
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from export import onnx_graph, parity, precision, tensorrt_plan
+from export.engines import open_engine
+from export.manifest import Manifest, Parity, Source, Twin, sha256_of
+from training import checkpoint, data
+
+if TYPE_CHECKING:
+    from export.engines.base import Engine, Images, Logits
+    from export.manifest import Precision, Runtime
+    from export.repository import Draft, Repository, Version
+
+# Images an engine takes at once unless the export says otherwise.
+MAX_BATCH = 64
+
+# Enough for stable ranges: on the trials' models 128 images gave the same int8 accuracy as 1,000.
+CALIBRATION_IMAGES = 256
+
+PARITY_IMAGES = 512
+
+_TWIN_FOLDER = "checkpoint"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images for a proof: float32 NCHW in [0, 1], and what they are for the reader of the manifest."""
+
+    images: Images
+    description: str
+
+
+def publish_checkpoint(
+    run: Path, *, repository: Repository, name: str, images: Path | None = None, max_batch: int = MAX_BATCH
+) -> Version:
+    """Publish a training run as ONNX fp32, together with its checkpoint.
+
+    Args:
+        run: the folder that training wrote.
+        repository: where to.
+        name: the model's name; a first version makes the model.
+        images: a folder of class folders for the parity check, instead of the run's own test images.
+        max_batch: the largest batch the engine will take.
+
+    Raises:
+        FileNotFoundError: the run or the images are missing.
+        ValueError: the checkpoint is damaged, cannot be exported, or failed parity; nothing is published.
+    """
+    trained = checkpoint.load(run)
+    proof = _images(run, images, split="test", count=PARITY_IMAGES)
+    with repository.draft(name) as draft:
+        path = draft.folder / "model.onnx"
+        shape, names = trained.input_shape, trained.class_names
+        onnx_graph.onnx_from_module(trained.model, path, image_shape=shape, class_names=names)
+        shutil.copytree(run, draft.folder / _TWIN_FOLDER)
+        inputs, outputs = onnx_graph.specs(path)
+        manifest = Manifest(
+            model=name,
+            version=draft.version,
+            file="model.onnx",
+            sha256=sha256_of(path),
+            runtime="onnxruntime",
+            precision="fp32",
+            inputs=inputs,
+            outputs=outputs,
+            class_names=names,
+            max_batch=max_batch,
+            twin=Twin(folder=_TWIN_FOLDER, sha256=trained.sha256),
+            parity=_not_run("PyTorch checkpoint", "the comparison has not been made yet"),
+            build=_build("torch", "onnx", "onnxscript"),
+        )
+
+        def twin(batch: Images) -> Logits:
+            with torch.inference_mode():
+                return np.asarray(trained.model(torch.from_numpy(batch)).numpy())
+
+        expected = parity.batched(twin, proof.images, batch=max_batch)
+        _prove(draft, manifest, expected, proof, reference="PyTorch checkpoint")
+    return repository.find(name, draft.version)
+
+
+def publish_variant(
+    source: Version,
+    *,
+    repository: Repository,
+    name: str,
+    kind: Precision,
+    runtime: Runtime,
+    images: Path | None = None,
+    max_batch: int | None = None,
+) -> Version:
+    """Publish another precision or runtime of a model that is in the repository.
+
+    Args:
+        source: an ONNX fp32 version.
+        repository: where to.
+        name: the variant's own name.
+        kind: "fp32" or "int8".
+        runtime: "onnxruntime", "tensorrt" or "tensorrt_rtx".
+        images: a folder of class folders for calibration and parity, instead of the run's own images.
+        max_batch: the largest batch the engine will take; the source's by default.
+
+    Raises:
+        RuntimeError: the runtime is not installed here.
+        ValueError: the combination does not exist, or parity failed; nothing is published.
+    """
+    manifest = source.manifest
+    if manifest.file != "model.onnx" or manifest.precision != "fp32":
+        raise ValueError(f"{source}: variants are made from an ONNX fp32 model, this one is {manifest.precision}")
+    if (kind, runtime) not in _BUILDERS:
+        known = ", ".join(f"{precision} on {runtime}" for precision, runtime in _BUILDERS)
+        raise ValueError(f"{kind} on {runtime}: no such variant; expected one of {known}")
+    if name == manifest.model:
+        raise ValueError(f"{name!r}: a variant is a model of its own; choose another name, such as '{name}-{kind}'")
+    twin = repository.twin_of(source)
+    with repository.draft(name) as draft:
+        file: Literal["model.onnx", "model.plan"] = "model.onnx" if runtime == "onnxruntime" else "model.plan"
+        max_batch = max_batch or manifest.max_batch
+        job = _Job(source, draft.folder / file, runtime, max_batch, twin, images)
+        build = _BUILDERS[kind, runtime](job)
+        described = manifest.model_copy(
+            update={
+                "model": name,
+                "version": draft.version,
+                "file": file,
+                "sha256": sha256_of(job.path),
+                "runtime": runtime,
+                "precision": kind,
+                "max_batch": max_batch,
+                "twin": None,
+                "source": Source(model=manifest.model, version=manifest.version, sha256=manifest.sha256),
+                "parity": _not_run(str(source), "the comparison has not been made yet"),
+                "build": build,
+            }
+        )
+        proof = _images(twin, images, split="test", count=PARITY_IMAGES)
+        with open_engine(source.folder) as reference:
+            expected = parity.batched(reference, proof.images, batch=manifest.max_batch)
+        _prove(draft, described, expected, proof, reference=str(source))
+    return repository.find(name, draft.version)
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Version
+    path: Path
+    runtime: str
+    max_batch: int
+    twin: Path | None
+    images: Path | None
+
+
+def _build_int8(job: _Job) -> dict[str, str]:
+    calibration = _images(job.twin, job.images, split="train", count=CALIBRATION_IMAGES)
+    source = job.source.folder / job.source.manifest.file
+    input_name = job.source.manifest.inputs[0].name
+    precision.int8_from_onnx(source, job.path, images=calibration.images, input_name=input_name)
+    return {**_build("onnxruntime-gpu", "onnx"), "calibration": calibration.description}
+
+
+def _build_plan(job: _Job) -> dict[str, str]:
+    source = job.source.folder / job.source.manifest.file
+    image = job.source.manifest.inputs[0]
+    options = tensorrt_plan.plan_from_onnx(source, job.path, runtime=job.runtime, image=image, max_batch=job.max_batch)
+    return {**_build("onnx"), **options}
+
+
+_BUILDERS = {
+    ("int8", "onnxruntime"): _build_int8,
+    ("fp32", "tensorrt"): _build_plan,
+    ("fp32", "tensorrt_rtx"): _build_plan,
+}
+
+
+def _prove(draft: Draft, manifest: Manifest, expected: Logits, proof: ImageSet, *, reference: str) -> None:
+    """Describe the draft, run the engine it has become, and refuse it if its answers are not its source's."""
+    draft.describe(manifest)
+    try:
+        engine = open_engine(draft.folder)
+    except RuntimeError as error:
+        draft.describe(manifest.model_copy(update={"parity": _not_run(reference, str(error))}))
+        return
+    result = _measure(engine, expected, proof, reference=reference)
+    if result.status == "failed":
+        raise ValueError(f"{manifest.model}: not published, parity with {reference} failed: {result.explanation}")
+    draft.describe(manifest.model_copy(update={"parity": result}))
+
+
+def _measure(engine: Engine, expected: Logits, proof: ImageSet, *, reference: str) -> Parity:
+    with engine:
+        answers = parity.batched(engine, proof.images, batch=engine.manifest.max_batch)
+    limits = parity.LIMITS[engine.manifest.precision]
+    return parity.compare(answers, expected, reference=reference, images=proof.description, limits=limits)
+
+
+def _not_run(reference: str, explanation: str) -> Parity:
+    return Parity(status="not run", reference=reference, images="none", explanation=explanation)
+
+
+def _images(run: Path | None, folder: Path | None, *, split: str, count: int) -> ImageSet:
+    """Return images for calibration or parity: the user's folder, or the data set that the run was trained on."""
+    if folder is not None:
+        return _subset(data.from_folder(folder), f"images of {folder.name}", count)
+    if run is None:
+        raise ValueError("this model has no training run to take images from; name a folder by --images")
+    source = checkpoint.load(run).recipe.data
+    root = None if source.root is None else Path(source.root)
+    return _subset(data.load(source.name, split=split, root=root), f"{source.name} {split} images", count)
+
+
+def _subset(stored: data.LabelledImages, description: str, count: int) -> ImageSet:
+    # Image folders are sorted by class: without a shuffle the first images would be of one class.
+    chosen = np.random.default_rng(0).permutation(len(stored.images))[:count]
+    images = data.unit_range(torch.from_numpy(stored.images[chosen])).numpy()
+    return ImageSet(images, f"{len(chosen)} {description}")
+
+
+def _build(*packages: str) -> dict[str, str]:
+    versions = {package: metadata.version(package) for package in packages}
+    return {"machine": platform.machine(), "python": platform.python_version(), **versions}

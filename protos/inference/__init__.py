@@ -1,0 +1,1 @@
+"""Open Inference Protocol, as KServe and Triton speak it."""

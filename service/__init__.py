@@ -1,0 +1,1 @@
+"""Serve and audit exported image classifiers."""

@@ -1,0 +1,68 @@
+"""The command line `tenet` (= `python -m service`): one verb after another, in the order of the flow."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from service.commands import audit, demo, export, models, predict, serve, train
+from service.commands.console import complain
+from service.errors import ServiceError
+from service.version import VERSION
+
+# What a user can mend; everything else is a defect of ours and keeps its traceback.
+_EXPECTED = (ValueError, FileNotFoundError, FileExistsError, RuntimeError, OSError, ServiceError)
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="tenet",
+    help="Train, export, serve and audit image classifiers: robustness measured on what is deployed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+train.register(app)
+export.register(app)
+models.register(app)
+serve.register(app)
+predict.register(app)
+audit.register(app)
+demo.register(app)
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tenet {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop."),  # noqa: FBT001, FBT003
+) -> None:
+    _print_version(wanted=version)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        complain("interrupted; nothing is left half-written")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has gone: that is no error, and there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except _EXPECTED as error:
+        complain(str(error))
+        sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A plan's attack -> robust or not, image by image and epsilon by epsilon, decided on the engine.
+
+images --engine--> correct ones --Foolbox--> candidates --within epsilon? engine fooled?--> robust flags
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from foolbox import attacks as foolbox_attacks
+from foolbox.criteria import Misclassification
+from jaxtyping import Bool
+
+from service.audit.plan import (
+    Attack,
+    DecisionAttack,
+    GradientAttack,
+    NoiseAttack,
+    SingleStepAttack,
+    epsilon_value,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from export.engines.base import Images
+    from service.audit.targets import AttackModel
+
+# A perturbation may exceed its epsilon by float32's rounding, no more.
+_TOLERANCE = 1e-5
+
+_GRADIENT_ATTACKS = {"LinfPGD": foolbox_attacks.LinfPGD, "L2PGD": foolbox_attacks.L2PGD}
+_NOISE_ATTACKS = {
+    "LinfUniformNoise": foolbox_attacks.LinfRepeatedAdditiveUniformNoiseAttack,
+    "L2GaussianNoise": foolbox_attacks.L2RepeatedAdditiveGaussianNoiseAttack,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack did to a batch.
+
+    Attributes:
+        correct: (N,) the engine classifies the clean image correctly.
+        robust: epsilon -> (N,) correct, and no adversarial image was found within it.
+        queries: images that the engine was asked about.
+    """
+
+    correct: Bool[np.ndarray, " n"]
+    robust: dict[str, Bool[np.ndarray, " n"]]
+    queries: int
+
+
+def run(attack: Attack, *, model: AttackModel, images: Images, labels: np.ndarray[Any, Any], seed: int) -> Outcome:
+    """Attack a batch; images that the engine gets wrong to begin with are not attacked.
+
+    Args:
+        attack: an entry of the plan.
+        model: the engine, with a twin if the attack is white-box.
+        images: (N, C, H, W) float32 in [0, 1].
+        labels: (N,) the true classes.
+        seed: of every random choice of the attack.
+
+    Raises:
+        ValueError: a white-box attack on a target without a twin.
+    """
+    if attack.access == "white-box" and model.twin is None:
+        raise ValueError(
+            f"attacks.{attack.id}: a white-box attack needs gradients, and this engine has no PyTorch checkpoint; "
+            "export it from a training run, or use a decision-based attack"
+        )
+    before = model.target.queries
+    predictions = model.target.predict(images)
+    correct = predictions == labels
+    robust = {epsilon: correct.copy() for epsilon in attack.epsilons}
+    active = np.flatnonzero(correct)
+    if len(active):
+        subject = _Subject(torch.from_numpy(images[active]), torch.from_numpy(labels[active]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            candidates = _candidates(attack, model, subject, _starting_points(images, predictions, active))
+        for epsilon, candidate in candidates.items():
+            robust[epsilon][active] = ~_fooled(attack, model, subject, candidate, epsilon)
+    return Outcome(correct, robust, model.target.queries - before)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    images: Tensor
+    labels: Tensor
+
+
+def _candidates(
+    attack: Attack, model: AttackModel, subject: _Subject, starting_points: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """Return for each epsilon the images that the attack proposes."""
+    options: dict[str, Any] = {}
+    if isinstance(attack, DecisionAttack):
+        options["starting_points"] = starting_points()
+    with warnings.catch_warnings():
+        # Foolbox warns of its own deprecated scipy imports.
+        warnings.simplefilter("ignore")
+        _, clipped, _ = _foolbox(attack)(
+            model,
+            subject.images,
+            Misclassification(subject.labels),
+            epsilons=[epsilon_value(epsilon) for epsilon in attack.epsilons],
+            **options,
+        )
+    return dict(zip(attack.epsilons, clipped, strict=True))
+
+
+def _foolbox(attack: Attack) -> Any:
+    match attack:
+        case SingleStepAttack():
+            return foolbox_attacks.LinfFastGradientAttack()
+        case GradientAttack():
+            # 2.5 epsilon / steps lets an iterate cross the ball from any start (Madry et al., 2018).
+            return _GRADIENT_ATTACKS[attack.name](rel_stepsize=2.5 / attack.steps, steps=attack.steps)
+        case NoiseAttack():
+            return _NOISE_ATTACKS[attack.name](repeats=attack.repeats)
+        case DecisionAttack():
+            return foolbox_attacks.BoundaryAttack(steps=attack.steps, tensorboard=False)
+
+
+def _fooled(
+    attack: Attack, model: AttackModel, subject: _Subject, candidate: Tensor, epsilon: str
+) -> Bool[np.ndarray, " n"]:
+    """Return for each image whether the candidate keeps to the rules and the engine errs on it."""
+    difference = (candidate - subject.images).flatten(1).double()
+    size = difference.abs().amax(dim=1) if attack.norm == "linf" else difference.norm(dim=1)
+    legal = (size <= epsilon_value(epsilon) + _TOLERANCE) & (candidate.flatten(1).amin(1) >= 0)
+    legal &= candidate.flatten(1).amax(1) <= 1
+    wrong = model.target.predict(candidate.numpy()) != subject.labels.numpy()
+    return legal.numpy() & wrong  # type: ignore[no-any-return]
+
+
+def _starting_points(
+    images: Images, predictions: np.ndarray[Any, Any], active: np.ndarray[Any, Any]
+) -> Callable[[], Tensor]:
+    """Return what finds, for each attacked image, the nearest image that the engine puts into another class."""
+
+    def nearest() -> Tensor:
+        flat = torch.from_numpy(images).flatten(1)
+        distances = torch.cdist(flat[active], flat)
+        distances[torch.from_numpy(predictions[active, None] == predictions[None, :])] = torch.inf
+        closest, chosen = distances.min(dim=1)
+        if not bool(closest.isfinite().all()):
+            raise ValueError(
+                "a decision-based attack starts from images of another class, and the engine puts all of these "
+                "into one; audit more samples"
+            )
+        return torch.from_numpy(images)[chosen]
+
+    return nearest

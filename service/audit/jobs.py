@@ -1,0 +1,137 @@
+"""Audits as durable workflows: what a worker runs.
+
+    queue --> audit(plan): for each shard: run_shard (a step, recorded) -> progress   --> write_report (a step)
+
+A worker that is killed loses the shard in flight. The next one on the same state folder has the recorded results
+of the finished shards handed to it by DBOS and goes on with the first unfinished one.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
+
+from service import version
+from service.audit import assembly, provenance
+from service.audit.auditor import Auditor, Shard, ShardResult, pin_threads
+from service.audit.journal import APPLICATION, PROGRESS, QUEUE, WORKFLOW
+from service.audit.plan import Plan
+
+if TYPE_CHECKING:
+    from export.repository import Repository
+    from service.audit.state import State
+
+logger = logging.getLogger(__name__)
+
+# How often an idle worker looks for work: a person who submits an audit should not notice the wait.
+_POLL_SECONDS = 0.2
+
+
+@dataclass
+class Worker:
+    """What the workflow's steps need from the process they run in; one audit's engines stay open between shards."""
+
+    repository: Repository
+    state: State
+    _auditor: tuple[str, Auditor] | None = None
+
+    def auditor(self, plan: str) -> Auditor:
+        """Return the open auditor of a plan, closing that of another."""
+        if self._auditor is None or self._auditor[0] != plan:
+            self.close()
+            self._auditor = plan, Auditor(Plan.model_validate_json(plan), repository=self.repository)
+        return self._auditor[1]
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._auditor is not None:
+            self._auditor[1].close()
+            self._auditor = None
+
+
+# DBOS calls workflows by name, with JSON arguments only: what they need besides must hang on the process.
+_worker: Worker | None = None
+
+
+def start(repository: Repository, state: State) -> None:
+    """Start to work on the audits of a state folder, in background threads, unfinished ones first."""
+    global _worker  # noqa: PLW0603 - see above
+    _worker = Worker(repository, state)
+    pin_threads()
+    config: DBOSConfig = {
+        "name": APPLICATION,
+        "system_database_url": state.database_url,
+        "application_version": version.VERSION,
+        # One worker a state folder, so a restarted worker is the one that died.
+        "executor_id": "worker",
+        "serializer": DBOSPortableJSONSerializer(),
+        "notification_listener_polling_interval_sec": _POLL_SECONDS,
+        "log_level": "WARNING",
+    }
+    with state.migration():
+        DBOS(config=config)
+        DBOS.launch()
+    logging.getLogger("dbos").addFilter(_NoCancellations())
+    DBOS.register_queue(QUEUE, worker_concurrency=1, polling_interval_sec=_POLL_SECONDS)
+
+
+class _NoCancellations(logging.Filter):
+    """Keeps a cancelled audit, which is what somebody wanted, from being logged as a failure with a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or not kind.__name__.endswith("CancelledError")
+
+
+@DBOS.workflow(name=WORKFLOW)
+def audit(plan: str) -> str:
+    """Run an audit and return its verdict."""
+    shards = list_shards(plan)
+    _progress(0, len(shards), "started")
+    results = []
+    for done, shard in enumerate(shards, start=1):
+        results.append(run_shard(plan, shard))
+        _progress(done, len(shards), Shard.model_validate(shard).name)
+    return write_report(plan, results)
+
+
+@DBOS.step()
+def list_shards(plan: str) -> list[dict[str, Any]]:
+    """Cut the plan into shards: recorded, so that a resumed audit has the boundaries it was begun with."""
+    return [shard.model_dump() for shard in _here().auditor(plan).shards]
+
+
+@DBOS.step()
+def run_shard(plan: str, shard: dict[str, Any]) -> dict[str, Any]:
+    """Run one shard."""
+    piece = Shard.model_validate(shard)
+    logger.info("audit %s: begins %s", DBOS.workflow_id, piece.name)
+    result = _here().auditor(plan).run(piece)
+    logger.info("audit %s: finished %s in %.2f s", DBOS.workflow_id, piece.name, result.seconds)
+    return {"result": result.model_dump(), "worker": provenance.worker()}
+
+
+@DBOS.step()
+def write_report(plan: str, recorded: list[dict[str, Any]]) -> str:
+    """Assemble the report and store it."""
+    worker = _here()
+    assert DBOS.workflow_id is not None
+    results = [ShardResult.model_validate(entry["result"]) for entry in recorded]
+    workers = [entry["worker"] for entry in recorded]
+    origin = provenance.record(results, workers=workers, audit=DBOS.workflow_id)
+    assembled = assembly.assemble(worker.auditor(plan), results, provenance=origin)
+    worker.state.write_report(DBOS.workflow_id, assembled.to_json())
+    worker.close()
+    return assembled.verdict
+
+
+def _progress(done: int, total: int, message: str) -> None:
+    DBOS.write_stream(PROGRESS, {"shards_done": done, "shards_total": total, "message": message})
+
+
+def _here() -> Worker:
+    assert _worker is not None, "a workflow runs only in a process that called start()"
+    return _worker

@@ -1,0 +1,222 @@
+"""`tenet audit`: run a plan here, or submit it to a server and follow it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protos.audit.v1 import audit_pb2
+from service.commands.console import console, print_table, progress
+
+if TYPE_CHECKING:
+    from export.repository import Repository
+    from service.audit.plan import Plan
+    from service.audit.report import Report
+    from service.client import Client
+
+GATE_FAILED = 1
+
+ServerOption = Annotated[
+    str, typer.Option("--server", envvar="TENET_SERVER", help="HOST:PORT of `tenet serve` or `tenet up`.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+IdArgument = Annotated[str, typer.Argument(help="The audit's id, as `submit` printed it.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file.")]
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML page to this file.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    audit = typer.Typer(help="Attack, corrupt and compare deployed engines.", no_args_is_help=True)
+    audit.command("run", epilog="Example: tenet audit run plan.toml --html report.html")(run)
+    audit.command("submit", epilog="Example: tenet audit submit plan.toml --server 127.0.0.1:8001")(submit)
+    audit.command("watch", epilog="Example: tenet audit watch ID --server 127.0.0.1:8001")(watch)
+    audit.command("show", epilog="Example: tenet audit show ID --server 127.0.0.1:8001")(show)
+    audit.command("list", epilog="Example: tenet audit list --server 127.0.0.1:8001")(list_audits)
+    audit.command("report", epilog="Example: tenet audit report ID --server 127.0.0.1:8001 --html r.html")(report)
+    audit.command("cancel", epilog="Example: tenet audit cancel ID --server 127.0.0.1:8001")(cancel)
+    app.add_typer(audit, name="audit")
+
+
+def run(
+    plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")],
+    repository: Annotated[
+        Path | None, typer.Option(help="The model repository; overrides the plan's target.repository.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Run an audit in this process; exit code 1 if a gate fails."""
+    from export.repository import Repository
+    from service.audit import plan as plans
+
+    parsed = plans.read(plan)
+    folder = repository or _relative(parsed, plan)
+    finished = _run_here(parsed, Repository(folder), device=device)
+    _write(finished.to_json(), json_file, html_file)
+    show_reports([finished])
+    _exit_by(finished)
+
+
+def submit(plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")], server: ServerOption) -> None:
+    """Submit an audit to a server; the last line printed is its id alone."""
+    from service.audit import plan as plans
+
+    parsed = plans.read(plan)
+    with _client(server) as client:
+        submitted = client.submit_audit(plans.to_toml(parsed))
+    console.print(f"audit of {submitted.model}@{submitted.version}: {_state(submitted)}")
+    typer.echo(submitted.id)
+
+
+def watch(audit_id: IdArgument, server: ServerOption) -> None:
+    """Follow an audit until it has ended; exit code 1 if it failed or a gate did."""
+    with _client(server) as client:
+        follow(client, [audit_id])
+        finished = finished_report(client, audit_id)
+    show_reports([finished])
+    _exit_by(finished)
+
+
+def show(audit_id: IdArgument, server: ServerOption, *, as_json: JsonOption = False) -> None:
+    """Show where an audit stands."""
+    with _client(server) as client:
+        audit = client.audit(audit_id)
+    if as_json:
+        typer.echo(json.dumps(_record(audit)))
+    else:
+        print_table(["audit", "model", "state", "error"], [_row(audit)])
+
+
+def list_audits(
+    server: ServerOption,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 50,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """List audits, newest first."""
+    with _client(server) as client:
+        audits = client.audits(limit=limit)
+    if as_json:
+        typer.echo(json.dumps([_record(audit) for audit in audits]))
+    else:
+        print_table(["audit", "model", "state", "error"], [_row(audit) for audit in audits])
+
+
+def report(audit_id: IdArgument, server: ServerOption, json_file: JsonFile = None, html_file: HtmlFile = None) -> None:
+    """Fetch an audit's report: to files, or as a table."""
+    from service.audit.report import Report
+
+    with _client(server) as client:
+        content = client.audit_report(audit_id).decode()
+    _write(content, json_file, html_file)
+    if json_file is None and html_file is None:
+        show_reports([Report.model_validate_json(content)])
+
+
+def cancel(audit_id: IdArgument, server: ServerOption) -> None:
+    """Cancel an audit: it stops before its next shard."""
+    with _client(server) as client:
+        audit = client.cancel_audit(audit_id)
+    console.print(f"audit {audit.id}: {_state(audit)}")
+
+
+def follow(client: Client, audits: list[str]) -> None:
+    """Show the progress of audits that run one after another, until the last has ended."""
+    for audit_id in audits:
+        audit = client.audit(audit_id)
+        with progress(f"audit of {audit.model}@{audit.version}", total=None) as tick:
+            for event in client.watch_audit(audit_id):
+                tick(event.shards_done, event.message, total=event.shards_total)
+
+
+def finished_report(client: Client, audit_id: str) -> Report:
+    """Return the report of an audit that has ended; raises what the server says if it has none."""
+    from service.audit.report import Report
+
+    return Report.model_validate_json(client.audit_report(audit_id))
+
+
+def show_reports(reports: list[Report]) -> None:
+    """Print reports as one table, and their warnings and gates below."""
+    from service.audit import summary
+
+    print_table(*summary.table(reports))
+    for finished in reports:
+        name = f"{finished.target.model}@{finished.target.version}"
+        for warning in finished.warnings:
+            console.print(f"{name}: {warning.code}: {warning.explanation}", soft_wrap=True, markup=False)
+        for gate in finished.gates:
+            measured = summary.with_interval(gate.value, gate.interval)
+            console.print(f"{name}: gate {gate.name}: {gate.outcome}: {gate.gate}, measured {measured}", markup=False)
+
+
+def write_page(reports: list[Report], path: Path) -> None:
+    """Write reports as one HTML page."""
+    from service.audit import page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page.render([finished.to_json() for finished in reports]))
+
+
+def _run_here(plan: Plan, repository: Repository, *, device: str) -> Report:
+    from service.audit import assembly, auditor, provenance
+
+    auditor.pin_threads()
+    with auditor.Auditor(plan, repository=repository, device=device) as work:
+        shards, results = work.shards, []
+        with progress(f"audit of {work.version}", total=len(shards)) as tick:
+            for done, shard in enumerate(shards, start=1):
+                results.append(work.run(shard))
+                tick(done, shard.name)
+        origin = provenance.record(results, workers=[provenance.worker()] * len(results))
+        return assembly.assemble(work, results, provenance=origin)
+
+
+def _relative(plan: Plan, path: Path) -> Path:
+    if plan.target.repository is None:
+        raise ValueError(f"{path}: target.repository: expected a folder, found none; add it, or give --repository")
+    return path.parent / plan.target.repository
+
+
+def _write(content: str, json_file: Path | None, html_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.write_text(content)
+    if html_file is not None:
+        from service.audit.report import Report
+
+        write_page([Report.model_validate_json(content)], html_file)
+
+
+def _exit_by(finished: Report) -> None:
+    if finished.verdict == "fail":
+        raise typer.Exit(GATE_FAILED)
+
+
+def _client(server: str) -> Client:
+    from service.client import Client
+
+    return Client(server)
+
+
+def _state(audit: audit_pb2.Audit) -> str:
+    return audit_pb2.AuditState.Name(audit.state).removeprefix("AUDIT_STATE_").lower()
+
+
+def _record(audit: audit_pb2.Audit) -> dict[str, object]:
+    return {
+        "id": audit.id,
+        "state": _state(audit),
+        "model": audit.model,
+        "version": audit.version,
+        "created": audit.create_time.ToJsonString(),
+        "error": audit.error,
+    }
+
+
+def _row(audit: audit_pb2.Audit) -> list[str]:
+    return [audit.id, f"{audit.model}@{audit.version}", _state(audit), audit.error]

@@ -1,0 +1,58 @@
+"""TOML text -> a frozen, strictly checked value; every mistake is one line that names the key and the way out."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Value = TypeVar("Value", bound=BaseModel)
+
+
+def decode(text: str, kind: type[Value], *, source: str) -> Value:
+    """Decode TOML into a pydantic model.
+
+    Args:
+        text: the TOML document.
+        kind: the frozen model that describes it; it must forbid extra keys.
+        source: what the text is, for messages: a path, "plan".
+
+    Raises:
+        ValueError: not TOML, or not what `kind` describes; one line a mistake, `source: key.path: expected …`.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{source}: expected TOML: {error}") from None
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {_line(detail)}" for detail in error.errors())) from None
+
+
+def _line(detail: ErrorDetails) -> str:
+    where = _path(detail["loc"])
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key; remove it or correct its spelling"
+        case "missing":
+            return f"{where}: expected a value here, found none; add the key"
+        case "union_tag_invalid":
+            known = detail["ctx"]["expected_tags"].replace("'", "")
+            return f"{where}.name: unknown {detail['ctx']['tag']!r}; expected one of {known}"
+        case "union_tag_not_found":
+            return f"{where}.name: expected a name here, found none; add the key"
+        case "value_error":
+            return f"{where}: {detail['ctx']['error']}"
+    return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.lstrip(".") or "document"

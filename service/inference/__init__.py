@@ -1,0 +1,1 @@
+"""Inference: requests -> tensors -> batches -> engines, and back."""

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export import manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from export.repository import Repository
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a..b", "-x", "a b", "ä", "x" * 129, "a\n"])
+def test_a_name_that_is_no_plain_folder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected letters, digits"):
+        manifest.checked_name(name)
+
+
+@given(st.text())
+def test_an_accepted_name_never_leaves_its_folder(name: str) -> None:
+    try:
+        manifest.checked_name(name)
+    except ValueError:
+        return
+    assert "/" not in name
+    assert name not in {".", ".."}
+
+
+def test_a_changed_engine_file_is_refused_before_it_is_parsed(own_models: Repository) -> None:
+    version = own_models.find("digits")
+    path = version.folder / version.manifest.file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.onnx: expected sha256 .* as in its manifest, got"):
+        manifest.verify(version.folder)
+
+
+def test_a_missing_engine_file_is_named(own_models: Repository) -> None:
+    version = own_models.find("digits")
+    (version.folder / version.manifest.file).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.onnx: expected the engine file here"):
+        manifest.verify(version.folder)
+
+
+def test_a_damaged_manifest_names_the_key(own_models: Repository) -> None:
+    version = own_models.find("digits")
+    path = version.folder / manifest.FILE_NAME
+    record = json.loads(path.read_text())
+    record["precision"] = "fp64"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"manifest\.json: precision: "):
+        manifest.read(version.folder)
+
+
+def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a manifest here"):
+        manifest.read(tmp_path)

@@ -1,0 +1,211 @@
+"""A small real model, published by the real repository, behind a real server on a loopback port."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export import manifest as manifests
+from export.engines.base import FakeEngine, Images, Logits
+from export.manifest import Manifest, Parity, TensorSpec
+from export.repository import Draft, Repository, Version
+from service.client import Client
+from service.inference import models
+from service.server import Service, Serving, running
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    import tritonclient.grpc
+
+CHANNELS, HEIGHT, WIDTH, CLASSES = 3, 4, 4, 5
+PIXELS = CHANNELS * HEIGHT * WIDTH
+MAX_BATCH = 8
+
+Start = Callable[..., Serving]
+Publish = Callable[..., Version]
+
+
+def small_onnx(weights: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weights"], ["logits"]),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", CHANNELS, HEIGHT, WIDTH])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])
+    graph = helper.make_graph(nodes, "linear", [images], [logits], [numpy_helper.from_array(weights, "weights")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def weights_of(seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.random.default_rng(seed).standard_normal((PIXELS, CLASSES)).astype(np.float32)
+
+
+def manifest_of(
+    draft: Draft, sha256: str, *, parity: Literal["passed", "failed", "not run"], max_batch: int
+) -> Manifest:
+    return Manifest(
+        model=draft.model,
+        version=draft.version,
+        file="model.onnx",
+        sha256=sha256,
+        runtime="onnxruntime",
+        precision="fp32",
+        inputs=(TensorSpec(name="images", datatype="FP32", shape=(-1, CHANNELS, HEIGHT, WIDTH)),),
+        outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),),
+        class_names=("plane", "car", "bird", "cat", "deer"),
+        max_batch=max_batch,
+        parity=Parity(status=parity, reference="numpy", images="random", explanation="a test wanted it so"),
+    )
+
+
+@pytest.fixture(scope="session")
+def publish() -> Publish:
+    """Publish a linear model whose weights are those of its seed."""
+
+    def publish(
+        repository: Path,
+        model: str,
+        *,
+        seed: int = 0,
+        parity: Literal["passed", "failed", "not run"] = "passed",
+        max_batch: int = MAX_BATCH,
+    ) -> Version:
+        target = Repository(repository)
+        with target.draft(model) as draft:
+            path = draft.folder / "model.onnx"
+            onnx.save(small_onnx(weights_of(seed)), path)
+            digest = manifests.sha256_of(path)
+            draft.describe(manifest_of(draft, digest, parity=parity, max_batch=max_batch))
+        return target.find(model)
+
+    return publish
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[int], np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+    """The weights of a model published with a seed."""
+    return weights_of
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    """More images than a batch of the model holds."""
+    shape = (3 * MAX_BATCH + 1, CHANNELS, HEIGHT, WIDTH)
+    return np.random.default_rng(1).random(shape, dtype=np.float32)
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One event loop in a thread of its own for all servers: synchronous clients run in the test's thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="servers")
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+class Servers:
+    """Starts servers on the loop, each on a free port, and ends them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._open: list[AbstractAsyncContextManager[Serving]] = []
+
+    def start(
+        self, repository: Path, settings: Settings | None = None, *, services: tuple[Service, ...] = ()
+    ) -> Serving:
+        settings = (settings or Settings()).listening(port=0)
+        context = running(repository, settings, services=services)
+        serving = asyncio.run_coroutine_threadsafe(context.__aenter__(), self._loop).result(30)
+        self._open.append(context)
+        return serving
+
+    def stop(self) -> None:
+        for context in reversed(self._open):
+            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), self._loop).result(30)
+        self._open.clear()
+
+
+@pytest.fixture
+def start(loop: asyncio.AbstractEventLoop) -> Iterator[Start]:
+    """Start a server that ends with the test."""
+    servers = Servers(loop)
+    yield servers.start
+    servers.stop()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory, publish: Publish) -> Path:
+    """`linear`: version 1 (seed 0) and version 2 (seed 1), and `unproven`, whose proof of parity has not run."""
+    folder = tmp_path_factory.mktemp("models")
+    publish(folder, "linear", seed=0)
+    publish(folder, "linear", seed=1)
+    publish(folder, "unproven", parity="not run")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serving(loop: asyncio.AbstractEventLoop, repository: Path) -> Iterator[Serving]:
+    """One server of `repository` for all tests that only ask it."""
+    servers = Servers(loop)
+    yield servers.start(repository)
+    servers.stop()
+
+
+@pytest.fixture
+def client(serving: Serving) -> Iterator[Client]:
+    """Our client of `serving`."""
+    with Client(serving.address, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def triton(serving: Serving) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    """Triton's client of `serving`."""
+    from tritonclient.grpc import InferenceServerClient
+
+    client = InferenceServerClient(serving.address)
+    yield client
+    client.close()
+
+
+class GatedEngine(FakeEngine):
+    """A linear classifier that answers when its gate is open, and keeps count."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest, weights=weights_of(0))
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.batches: list[int] = []
+
+    def _run(self, images: Images) -> Logits:
+        self.batches.append(len(images))
+        self.entered.set()
+        if not self.gate.wait(20):
+            raise TimeoutError("nobody opened the gate")
+        return super()._run(images)
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> list[GatedEngine]:
+    """Make servers that start later serve gated engines; they are kept here."""
+    opened: list[GatedEngine] = []
+
+    def open_gated(folder: Path, *, device: str, threads: int) -> GatedEngine:
+        del device, threads
+        opened.append(GatedEngine(manifests.verify(folder)))
+        return opened[-1]
+
+    monkeypatch.setattr(models, "open_engine", open_gated)
+    return opened

@@ -1,0 +1,161 @@
+"""Which versions of a repository are served, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from service.errors import InvalidArgument, NotFound
+from service.inference.models import Models
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from export.engines.base import Images
+    from tests.service.conftest import GatedEngine, Publish
+
+
+@asynccontextmanager
+async def loaded(folder: Path, settings: Settings | None = None) -> AsyncIterator[Models]:
+    models = Models()
+    try:
+        await models.load(folder, settings or Settings())
+        yield models
+    finally:
+        await models.close()
+
+
+async def test_all_servable_versions_are_served(repository: Path) -> None:
+    async with loaded(repository) as models:
+        assert models.served == ["linear"]
+        assert models.versions("linear") == [1, 2]
+        assert models.find("linear").manifest.version == 2
+        assert models.find("linear", "1").manifest.version == 1
+        assert models.health == {"linear": True, "unproven": False}
+        # Not meant to be served is not the same as broken.
+        assert models.ready
+
+
+async def test_a_changed_file_is_never_opened(
+    tmp_path: Path, publish: Publish, images: Images, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, "linear")
+    engine = publish(tmp_path, "linear").folder / "model.onnx"
+    engine.write_bytes(b"x" + engine.read_bytes()[1:])
+    with caplog.at_level(logging.WARNING):
+        async with loaded(tmp_path) as models:
+            assert models.find("linear").manifest.version == 1
+            assert (await models.find("linear").infer(images[:1])).shape == (1, 5)
+            with pytest.raises(NotFound, match=r"'linear': version 2 cannot be served: .*expected sha256"):
+                models.find("linear", "2")
+    assert "linear@2 is not served" in caplog.text
+
+
+async def test_a_model_without_a_version_that_loads_makes_the_server_not_ready(
+    tmp_path: Path, publish: Publish
+) -> None:
+    publish(tmp_path, "sound")
+    publish(tmp_path, "broken").folder.joinpath("model.onnx").unlink()
+    async with loaded(tmp_path) as models:
+        assert models.served == ["sound"]
+        assert not models.ready
+        with pytest.raises(
+            NotFound, match=r"'broken' has no version that can be served; version 1: .*expected the engine"
+        ):
+            models.find("broken")
+
+
+@pytest.mark.parametrize("parity", ["failed", "not run"])
+async def test_without_its_proof_a_version_is_not_served(tmp_path: Path, publish: Publish, parity: str) -> None:
+    publish(tmp_path, "linear")
+    publish(tmp_path, "linear", parity=parity)
+    async with loaded(tmp_path) as models:
+        assert models.find("linear").manifest.version == 1
+        with pytest.raises(NotFound, match=rf"its proof of parity is '{parity}': a test wanted it so"):
+            models.find("linear", "2")
+
+
+@pytest.mark.parametrize("manifest", ["{", "{}", "[]"])
+async def test_a_manifest_that_cannot_be_read_is_a_reason(tmp_path: Path, publish: Publish, manifest: str) -> None:
+    publish(tmp_path, "linear").folder.joinpath("manifest.json").write_text(manifest)
+    async with loaded(tmp_path) as models:
+        with pytest.raises(NotFound, match=r"manifest\.json"):
+            models.find("linear", "1")
+
+
+async def test_a_copied_version_is_not_passed_off_as_another(tmp_path: Path, publish: Publish) -> None:
+    folder = publish(tmp_path, "linear").folder
+    folder.rename(folder.with_name("7"))
+    async with loaded(tmp_path) as models:
+        with pytest.raises(NotFound, match="its manifest is that of linear@1"):
+            models.find("linear", "7")
+
+
+async def test_one_input_and_one_output(tmp_path: Path, publish: Publish) -> None:
+    path = publish(tmp_path, "linear").folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["outputs"] *= 2
+    path.write_text(json.dumps(manifest))
+    async with loaded(tmp_path) as models:
+        with pytest.raises(NotFound, match="expected one input and one output, got 1 inputs and 2 outputs"):
+            models.find("linear")
+
+
+async def test_a_device_that_is_not_there_is_a_reason(
+    tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, "linear")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    async with loaded(tmp_path, Settings.model_validate({"engine": {"device": "cuda"}})) as models:
+        assert not models.ready
+        with pytest.raises(NotFound, match="no CUDAExecutionProvider"):
+            models.find("linear")
+
+
+async def test_engine_settings_reach_the_engines(tmp_path: Path, publish: Publish, gated: list[GatedEngine]) -> None:
+    publish(tmp_path, "linear")
+    settings = Settings.model_validate({"engine": {"instances": 3}, "batching": {"max_batch_size": 4}})
+    async with loaded(tmp_path, settings) as models:
+        assert models.find("linear").max_batch == 4
+        assert len(gated) == 3
+
+
+async def test_settings_do_not_raise_the_manifests_batch(tmp_path: Path, publish: Publish) -> None:
+    publish(tmp_path, "linear", max_batch=2)
+    async with loaded(tmp_path, Settings.model_validate({"batching": {"max_batch_size": 64}})) as models:
+        assert models.find("linear").max_batch == 2
+
+
+async def test_an_empty_repository_serves_nothing(tmp_path: Path) -> None:
+    async with loaded(tmp_path) as models:
+        assert models.ready
+        with pytest.raises(NotFound, match="model 'linear': not served here; the models are: none"):
+            models.find("linear")
+
+
+async def test_a_missing_repository_is_told() -> None:
+    from pathlib import Path
+
+    with pytest.raises(FileNotFoundError, match="expected a model repository here, found no folder"):
+        await Models().load(Path("nowhere"), Settings())
+
+
+@pytest.mark.parametrize("version", ["foo", "1.0", "-1", " 1", "٣", "9" * 5000])
+async def test_a_version_is_a_number(repository: Path, version: str) -> None:
+    async with loaded(repository) as models:
+        with pytest.raises(InvalidArgument, match="expected a whole number, or nothing for the latest"):
+            models.find("linear", version)
+
+
+@pytest.mark.parametrize("name", ["../linear", "a/b", "/etc", "..", ".hidden", "a\nb", "x" * 200])
+async def test_a_name_that_could_leave_the_repository(repository: Path, name: str) -> None:
+    async with loaded(repository) as models:
+        with pytest.raises(InvalidArgument, match="expected letters, digits") as caught:
+            models.find(name)
+        assert len(str(caught.value).splitlines()) == 1

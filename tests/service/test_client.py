@@ -1,0 +1,181 @@
+"""Our client against a real server, beside Triton's in the same process."""
+
+from __future__ import annotations
+
+import socket
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import grpc
+import numpy as np
+import pytest
+
+from service import errors
+from service.client import Client
+from service.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted, ServiceError, Unavailable
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import tritonclient.grpc
+
+    from export.engines.base import Images
+    from tests.service.conftest import GatedEngine, Start
+
+
+def test_server_is_ready(client: Client) -> None:
+    assert client.ready()
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "expected"),
+    [
+        ("linear", None, True),
+        ("linear", 1, True),
+        ("linear", 9, False),
+        ("unproven", None, False),
+        ("nobody", None, False),
+        ("", None, True),
+    ],
+)
+def test_models_are_ready_or_not(client: Client, model: str, version: int | None, *, expected: bool) -> None:
+    assert client.ready(model or None, version=version) is expected
+
+
+def test_metadata_describes_the_engine(client: Client, repository: Path) -> None:
+    metadata = client.metadata("linear")
+    assert metadata.versions == ("1", "2")
+    assert metadata.platform == "onnxruntime_onnx"
+    assert [(spec.name, spec.datatype, spec.shape) for spec in metadata.inputs] == [("images", "FP32", (-1, 3, 4, 4))]
+    assert [(spec.name, spec.datatype, spec.shape) for spec in metadata.outputs] == [("logits", "FP32", (-1, 5))]
+    assert metadata.class_names == ("plane", "car", "bird", "cat", "deer")
+    assert metadata.properties["runtime"] == "onnxruntime"
+    assert metadata.properties["precision"] == "fp32"
+    assert metadata.properties["version"] == "2"
+    assert metadata.properties["sha256"] in (repository / "linear" / "2" / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(("version", "seed"), [(None, 1), (1, 0), (2, 1)])
+def test_logits_are_those_of_the_version(
+    client: Client, images: Images, weights: Callable[[int], np.ndarray], version: int | None, seed: int
+) -> None:
+    logits = client.infer(images, model="linear", version=version)
+    np.testing.assert_allclose(logits, images.reshape(len(images), -1) @ weights(seed), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8])
+def test_triton_client_gets_the_same_bits(
+    client: Client, triton: tritonclient.grpc.InferenceServerClient, images: Images, n: int
+) -> None:
+    from tritonclient.grpc import InferInput
+
+    tensor = InferInput("images", list(images[:n].shape), "FP32")
+    tensor.set_data_from_numpy(images[:n])
+    theirs = triton.infer("linear", [tensor]).as_numpy("logits")
+    ours = client.infer(images[:n], model="linear")
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_non_contiguous_images_are_sent_as_they_look(client: Client, images: Images) -> None:
+    flipped = images[:4, :, :, ::-1]
+    expected = client.infer(np.ascontiguousarray(flipped), model="linear")
+    np.testing.assert_array_equal(client.infer(flipped, model="linear"), expected)
+
+
+def test_a_given_batch_is_respected(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
+    serving = start(repository)
+    for engine in gated:
+        engine.gate.set()
+    with Client(serving.address) as client:
+        client.infer(images[:7], model="linear", version=1, batch=3)
+    assert gated[0].batches == [3, 3, 1]
+
+
+def test_batches_fit_the_server(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
+    serving = start(repository, Settings.model_validate({"batching": {"max_batch_size": 2}}))
+    for engine in gated:
+        engine.gate.set()
+    with Client(serving.address) as client:
+        client.infer(images[:5], model="linear", version=1)
+    assert gated[0].batches == [2, 2, 1]
+
+
+def test_unknown_model_names_the_known_ones(client: Client, images: Images) -> None:
+    with pytest.raises(NotFound, match=r"model 'nobody': not served here; the models are: linear"):
+        client.infer(images, model="nobody")
+
+
+def test_unknown_version_names_the_known_ones(client: Client, images: Images) -> None:
+    with pytest.raises(NotFound, match="no version 9; the versions are: 1, 2"):
+        client.infer(images, model="linear", version=9)
+
+
+def test_wrong_shape_is_told_by_the_server(client: Client) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"input 'images': expected shape \(1 to 8, 3, 4, 4\), got \(1, 3, 5, 4\)"
+    ):
+        client.infer(np.zeros((1, 3, 5, 4), np.float32), model="linear")
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((0, 3, 4, 4), np.float32), np.zeros((3, 4, 4), np.float32), np.zeros((1, 3, 4, 4))]
+)
+def test_what_are_no_images_is_not_sent(client: Client, images: Images) -> None:
+    with pytest.raises(ValueError, match=r"expected float32 images of shape \(N, C, H, W\), got"):
+        client.infer(images, model="linear")
+
+
+def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with (
+        Client(f"127.0.0.1:{port}") as client,
+        pytest.raises(Unavailable, match=rf"^cannot reach 127.0.0.1:{port}; is `tenet serve` running there\?$"),
+    ):
+        client.ready()
+
+
+def test_no_answer_in_time(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
+    serving = start(repository)
+    with (
+        Client(serving.address, timeout=0.2) as client,
+        pytest.raises(DeadlineExceeded, match=r"did not answer within 0\.2 s"),
+    ):
+        client.infer(images[:1], model="linear")
+    for engine in gated:
+        engine.gate.set()
+
+
+def test_one_client_serves_many_threads(client: Client, images: Images) -> None:
+    expected = client.infer(images, model="linear")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda index: client.infer(images[index : index + 1], model="linear"), range(16)))
+    np.testing.assert_allclose(np.concatenate(answers), expected[:16], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ServiceError.__subclasses__())
+def test_every_status_comes_back_as_its_error(kind: type[ServiceError]) -> None:
+    error = errors.error_from_status(kind.status, "why")
+    assert type(error) is kind
+    assert str(error) == "why"
+
+
+def test_other_statuses_are_service_errors() -> None:
+    assert type(errors.error_from_status(grpc.StatusCode.DATA_LOSS, "why")) is ServiceError
+
+
+def test_a_full_queue_is_told_at_once(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
+    address = start(repository, Settings.model_validate({"batching": {"max_queue_size": 1}})).address
+    engine = gated[1]
+    with Client(address) as client, ThreadPoolExecutor(3) as pool:
+        running = pool.submit(client.infer, images[:1], model="linear")
+        assert engine.entered.wait(10)
+        # One of these waits in the queue's only place; the other is refused while the engine still works.
+        others = [pool.submit(client.infer, images[:1], model="linear") for _ in range(2)]
+        refused, waiting = futures.wait(others, timeout=10, return_when=futures.FIRST_COMPLETED)
+        engine.gate.set()
+        assert isinstance(refused.pop().exception(), ResourceExhausted)
+        assert running.result(10).shape == waiting.pop().result(10).shape == (1, 5)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from training import checkpoint, models
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from training.recipe import Recipe
+
+NAMES = ("blue", "green", "red")
+
+
+@pytest.fixture
+def model(recipe: Recipe) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return models.build(recipe.model, classes=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: nn.Module, recipe: Recipe) -> Path:
+    return save(tmp_path / "run", model, recipe)
+
+
+def save(folder: Path, model: nn.Module, recipe: Recipe) -> Path:
+    checkpoint.save(
+        folder,
+        model=model,
+        recipe=recipe,
+        class_names=NAMES,
+        input_shape=(3, 12, 12),
+        metrics={"test_accuracy": 0.75, "iterations": 9},
+    )
+    return folder
+
+
+def test_what_is_saved_is_loaded(folder: Path, model: nn.Module, recipe: Recipe) -> None:
+    loaded = checkpoint.load(folder)
+    images = torch.rand(2, 3, 12, 12)
+    assert torch.equal(loaded.model(images), model.eval()(images))
+    assert not loaded.model.training
+    assert loaded.recipe == recipe
+    assert loaded.class_names == NAMES
+    assert loaded.input_shape == (3, 12, 12)
+    assert loaded.metrics == {"test_accuracy": 0.75, "iterations": 9}
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_a_run_is_two_files_and_nothing_beside_them(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {"weights.safetensors", "run.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["versions"].keys() >= {"python", "torch"}
+    assert checkpoint.load(folder).sha256 == record["sha256"]
+
+
+def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
+    before = torch.random.get_rng_state()
+    checkpoint.load(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_run_is_never_overwritten(folder: Path, model: nn.Module, recipe: Recipe) -> None:
+    with pytest.raises(FileExistsError, match="exists already"):
+        save(folder, model, recipe)
+
+
+def test_an_interrupted_save_leaves_nothing(
+    tmp_path: Path, model: nn.Module, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "run", model, recipe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    contents = bytearray(path.read_bytes())
+    contents[-5] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=r"weights\.safetensors: expected sha256 \w+ as in run\.json, got"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "run.json"])
+@pytest.mark.parametrize("kept", [0, 1, 100])
+def test_a_truncated_file_is_one_line(folder: Path, name: str, kept: int) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="expected") as caught:
+        checkpoint.load(folder)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "run.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file; expected a RUN folder"):
+        checkpoint.load(folder)
+
+
+def test_weights_of_another_model_are_refused(folder: Path) -> None:
+    record = json.loads((folder / "run.json").read_text())
+    record["recipe"]["model"]["width"] = 8
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"expected weights of the model in run\.json") as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_in_the_record_is_refused(folder: Path) -> None:
+    record = json.loads((folder / "run.json").read_text()) | {"extra": 1}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"run\.json: expected the record of a training run.*extra"):
+        checkpoint.load(folder)
+
+
+def test_a_partial_is_one_file_that_is_replaced_whole(tmp_path: Path) -> None:
+    path = checkpoint.partial_path(tmp_path / "run")
+    for value in (1.0, 2.0):
+        checkpoint.save_partial(path, tensors={"a": torch.full((2,), value)}, record={"epoch": int(value)})
+    tensors, record = checkpoint.load_partial(path)
+    assert torch.equal(tensors["a"], torch.full((2,), 2.0))
+    assert record == {"epoch": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.partial"]
+
+
+def test_a_damaged_partial_is_one_line(tmp_path: Path) -> None:
+    path = checkpoint.partial_path(tmp_path / "run")
+    checkpoint.save_partial(path, tensors={"a": torch.zeros(2)}, record={})
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="expected the state of an interrupted run, got a damaged file"):
+        checkpoint.load_partial(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        checkpoint.load_partial(tmp_path / "none.partial")

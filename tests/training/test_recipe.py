@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from training import data, models, recipe
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = [path for path in sorted((ROOT / "configs").glob("*.toml")) if "[training]" in path.read_text()]
+SMALLEST = '[data]\nname = "digits"\n[training]\nepochs = 3\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "demo.toml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ValueError, match=r"demo\.toml") as caught:
+        recipe.read(write(folder, text))
+    return [line.removeprefix(f"{folder}/") for line in str(caught.value).splitlines()]
+
+
+def test_smallest_recipe_trains_without_tenet(tmp_path: Path) -> None:
+    read = recipe.read(write(tmp_path, SMALLEST))
+    assert read.tenet is None
+    assert read.training.epochs == 3
+    assert read.model.name == "resnet"
+
+
+def test_tenet_defaults_are_the_published_ones(tmp_path: Path) -> None:
+    tenet = recipe.read(write(tmp_path, SMALLEST + '[tenet]\nstage = "layer3"\n')).tenet
+    assert tenet is not None
+    assert (tenet.groups, tenet.interval, tenet.start, tenet.variant) == (6, 3, 500, "published")
+    assert (tenet.lambda_tenet, tenet.lambda_orth, tenet.exact) == (0.1, 1e-3, False)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_decode(path: Path) -> None:
+    assert recipe.read(path).training.epochs >= 1
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    read = recipe.read(write(tmp_path, SMALLEST))
+    with pytest.raises(ValidationError):
+        read.training.epochs = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            SMALLEST + "[model]\ndepht = 8\n",
+            "demo.toml: model.depht: unknown key; known keys are name, depth, width, mean, std",
+        ),
+        (
+            SMALLEST + "[tenets]\n",
+            "demo.toml: tenets: unknown key; known keys are data, model, training, tenet",
+        ),
+        ('[data]\nname = "digits"\n', "demo.toml: training: missing; expected this key in the recipe"),
+        (
+            SMALLEST.replace("3", "0"),
+            "demo.toml: training.epochs: expected greater than or equal to 1, got 0",
+        ),
+        (SMALLEST.replace("3", '"3"'), "demo.toml: training.epochs: expected a valid integer, got '3'"),
+        (SMALLEST.replace("3", "2.5"), "demo.toml: training.epochs: expected a valid integer, got 2.5"),
+        (
+            SMALLEST.replace("digits", "mnist"),
+            "demo.toml: data.name: expected 'digits' or 'folder', got 'mnist'",
+        ),
+        (
+            SMALLEST + "[model]\ndepth = 9\n",
+            "demo.toml: model.depth: expected 6n + 2 layers: 8, 14, 20, 26, 32, ..., got 9",
+        ),
+        (
+            SMALLEST + "[model]\nmean = [0.5, 0.5]\n",
+            "demo.toml: model.mean.2: missing; expected this key in the recipe",
+        ),
+        (
+            SMALLEST + "learning_rate = inf\n",
+            "demo.toml: training.learning_rate: expected a finite number, got inf",
+        ),
+        (SMALLEST + "flip = 1\n", "demo.toml: training.flip: expected a valid boolean, got 1"),
+    ],
+)
+def test_a_problem_is_one_line_that_names_the_key(tmp_path: Path, text: str, expected: str) -> None:
+    assert problems(tmp_path, text) == [expected]
+
+
+def test_each_problem_has_its_line(tmp_path: Path) -> None:
+    lines = problems(tmp_path, SMALLEST + "flop = 1\nseed = -1\n")
+    assert len(lines) == 2
+    assert "training.seed" in lines[0] + lines[1]
+    assert "training.flop" in lines[0] + lines[1]
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    assert "expected TOML" in problems(tmp_path, "[data\n")[0]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml: no such recipe"):
+        recipe.read(tmp_path / "nowhere.toml")
+
+
+def test_a_recipe_survives_its_json(document: dict[str, Any]) -> None:
+    decoded = recipe.decode(document, source="x")
+    assert recipe.Recipe.model_validate_json(decoded.model_dump_json()) == decoded
+
+
+def test_every_name_in_a_recipe_has_something_behind_it() -> None:
+    assert set(get_args(recipe.DataName)) == set(data.LOADERS)
+    assert set(get_args(recipe.ModelName)) == set(models.MODELS)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+NAMES = st.sampled_from(["data", "model", "training", "tenet", "name", "epochs", "depth", "mean"]) | st.text()
+DOCUMENTS = st.dictionaries(NAMES, SCALARS | st.lists(SCALARS) | st.dictionaries(NAMES, SCALARS | st.lists(SCALARS)))
+
+
+@given(document=DOCUMENTS)
+def test_anything_decodes_or_is_a_value_error(document: dict[str, Any]) -> None:
+    problems = ""
+    try:
+        recipe.decode(document, source="fuzz")
+    except ValueError as error:
+        problems = str(error)
+    assert all(line.startswith("fuzz: ") for line in problems.splitlines())

@@ -1,0 +1,230 @@
+"""What a training run leaves behind, and how to get it back.
+
+RUN/weights.safetensors    the model's parameters and buffers
+RUN/run.json               recipe, class names, input shape, metrics, versions, sha256 of the weights
+RUN.partial                one file: the state of a run that is still going on, or was interrupted
+
+Everything is written beside its place, flushed to the disk and renamed, so a reader sees all of it or
+nothing. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from training import models
+from training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+WEIGHTS = "weights.safetensors"
+RUN = "run.json"
+PACKAGES = ("tenet", "torch", "safetensors", "numpy")  # whose versions a run records
+
+
+class RunRecord(BaseModel):
+    """The contents of run.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    metrics: dict[str, float]
+    versions: dict[str, str]
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained classifier and where it came from.
+
+    `model` is on the CPU, in evaluation mode; `input_shape` is (3, H, W); `sha256` is of the weights' file.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    metrics: Mapping[str, float]
+    sha256: str
+
+
+def save(
+    folder: Path,
+    *,
+    model: nn.Module,
+    recipe: Recipe,
+    class_names: tuple[str, ...],
+    input_shape: tuple[int, int, int],
+    metrics: Mapping[str, float],
+) -> str:
+    """Write a new RUN folder and return the sha256 of its weights.
+
+    Raises:
+        FileExistsError: something is there already.
+    """
+    refuse_existing(folder)
+    weights = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+    record = RunRecord(
+        recipe=recipe,
+        class_names=class_names,
+        input_shape=input_shape,
+        metrics=dict(metrics),
+        versions=_versions(),
+        sha256=hashlib.sha256(weights).hexdigest(),
+    )
+    with _beside(folder) as temporary:
+        temporary.mkdir(parents=True)
+        _write(temporary / WEIGHTS, weights)
+        _write(temporary / RUN, (record.model_dump_json(indent=2) + "\n").encode())
+        _flush_folder(temporary)
+        temporary.rename(folder)
+    _flush_folder(folder.parent)
+    return record.sha256
+
+
+def load(folder: Path) -> Checkpoint:
+    """Load a RUN folder; its weights are checked against their sha256 before they are parsed.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing in it.
+        ValueError: a file is damaged, or the two do not belong together.
+    """
+    record = _record(folder / RUN)
+    weights = _bytes(folder / WEIGHTS)
+    sha256 = hashlib.sha256(weights).hexdigest()
+    if sha256 != record.sha256:
+        msg = f"{folder / WEIGHTS}: expected sha256 {record.sha256} as in {RUN}, got {sha256}; it has changed"
+        raise ValueError(msg)
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        model = models.build(record.recipe.model, classes=len(record.class_names))
+    try:
+        model.load_state_dict(safetensors.torch.load(weights), assign=True)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        msg = f"{folder / WEIGHTS}: expected weights of the model in {RUN}, got others: {_first_line(error)}"
+        raise ValueError(msg) from error
+    return Checkpoint(
+        model=model.eval(),
+        recipe=record.recipe,
+        class_names=record.class_names,
+        input_shape=record.input_shape,
+        metrics=record.metrics,
+        sha256=sha256,
+    )
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise FileExistsError where a run would be overwritten."""
+    if folder.exists():
+        msg = f"{folder}: exists already; name another folder, or remove it"
+        raise FileExistsError(msg)
+
+
+def partial_path(folder: Path) -> Path:
+    """Return where the unfinished state of the run `folder` is kept: beside it."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def save_partial(path: Path, *, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write the state of an unfinished run, in place of an earlier one; `record` is of plain JSON values."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = safetensors.torch.save(plain, metadata={"record": json.dumps(record)})
+    with _beside(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(temporary, contents)
+        temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+def load_partial(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_partial` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        msg = f"{path}: no such file; there is no interrupted run to go on with"
+        raise FileNotFoundError(msg)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            record: dict[str, Any] = json.loads((file.metadata() or {})["record"])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118  # not a mapping
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        msg = f"{path}: expected the state of an interrupted run, got a damaged file; remove it and start again"
+        raise ValueError(msg) from error
+
+
+def _record(path: Path) -> RunRecord:
+    try:
+        return RunRecord.model_validate_json(_bytes(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        msg = f"{path}: expected the record of a training run, got a damaged one: {where}: {first['msg']}"
+        raise ValueError(msg) from error
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        msg = f"{path}: no such file; expected a RUN folder with {WEIGHTS} and {RUN}"
+        raise FileNotFoundError(msg)
+    return path.read_bytes()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
+            versions[package] = metadata.version(package)
+    return versions
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Lend a path beside `path`; what is still there at the end is removed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, contents: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:2]).replace("\t", "")

@@ -1,0 +1,257 @@
+"""Group-wise inhibition: the TENET step as pure functions, and `TenetStep` for a training loop of one's own.
+
+images -> body -> features A -> group_channels -> group ids ------.
+                      |                                           v
+                      +-> head (evaluating) -> dL_d/dA -> reversed_map RM -> head(RM * A) -> loss
+                      |                                           ^
+                      '-------------------------------------------'
+
+Equations are those of Liu et al., "Group-wise Inhibition based Feature Regularization for Robust
+Classification", ICCV 2021. Its text and its published code differ: `variant` says which one is followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training import grouping, models
+from training.recipe import Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+EPSILON = 1e-8  # added to the standard deviation of a weighted map, as published
+FEWEST = 2  # correctly classified images below which a step is left out: one image has no batch statistics
+
+
+def reversed_map(
+    features: Float[Tensor, "batch channels height width"],
+    gradients: Float[Tensor, "batch channels height width"],
+    group_ids: Int64[Tensor, "batch channels"],
+    *,
+    groups: int,
+    variant: Variant,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the map that inhibits each group where it matters most (section 3.3, eqs. 3 to 6).
+
+    The spatial mean of a channel's gradient weighs it (eq. 3). Weights make up the importance of a group
+    (eq. 4), weighted features its map m (eq. 5): sums in "published", where m is also standardised over
+    space; means in "paper". The reversed map is 1 / (1 + exp(m)) (eq. 6), or for a group of no positive
+    importance 1 in "published" and 0 in "paper".
+
+    Args:
+        features: maps A of any range.
+        gradients: dL_d/dA.
+        group_ids: groups of the channels, in 0..groups-1.
+        groups: number of groups G.
+        variant: "published" or "paper".
+
+    Returns:
+        One value in [0, 1] per feature, the same for all channels of a group; no gradient flows through it.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown variant.
+    """
+    _check(features, group_ids, groups=groups, variant=variant)
+    if gradients.shape != features.shape:
+        msg = f"gradients: expected the features' shape {tuple(features.shape)}, got {tuple(gradients.shape)}"
+        raise ValueError(msg)
+    features, weights = features.detach(), gradients.detach().mean((2, 3))
+    members = _members(group_ids, groups=groups, like=features)
+    importance = torch.einsum("bcg,bc->bg", members, weights)
+    maps = torch.einsum("bcg,bc,bchw->bghw", members, weights, features)
+    if variant == "paper":
+        sizes = members.sum(1).clamp(min=1)
+        importance, maps = importance / sizes, maps / sizes[:, :, None, None]
+        unimportant = 0.0
+    else:
+        maps = maps - maps.mean((2, 3), keepdim=True)
+        maps = maps - maps.mean((2, 3), keepdim=True)  # a flat map is flat, not the rounding of the first mean
+        maps = maps / (maps.square().mean((2, 3), keepdim=True).sqrt() + EPSILON)
+        unimportant = 1.0
+    per_group = torch.sigmoid(-maps).masked_fill((importance <= 0)[:, :, None, None], unimportant)
+    return per_group.gather(1, group_ids[:, :, None, None].expand_as(features))
+
+
+def orthogonality(
+    features: Float[Tensor, "batch channels height width"],
+    group_ids: Int64[Tensor, "batch channels"],
+    *,
+    groups: int,
+) -> Float[Tensor, ""]:
+    """Return how far the groups' mean maps are from orthogonal (section 3.2), 0 or more, differentiable.
+
+    The mean over samples and pairs of groups of |<mean map_i, mean map_j>|, the inner product a sum over
+    space. Pairs with an empty group are not counted.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check(features, group_ids, groups=groups)
+    members = _members(group_ids, groups=groups, like=features)
+    sizes = members.sum(1)
+    means = torch.einsum("bcg,bcn->bgn", members, features.flatten(2)) / sizes.clamp(min=1)[:, :, None]
+    products = torch.einsum("bgn,bkn->bgk", means, means).abs().triu(1)
+    filled = (sizes > 0).sum(1)
+    pairs = (filled * (filled - 1) / 2).clamp(min=1)
+    return (products.sum((1, 2)) / pairs).mean()
+
+
+def analysis_gradients(
+    features: Float[Tensor, "batch channels height width"],
+    labels: Int64[Tensor, " batch"],
+    *,
+    head: Callable[[Tensor], Tensor],
+    variant: Variant,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return dL_d/dA through the head alone, of samples that are classified correctly.
+
+    L_d sums over samples the label's sigmoid ("published") or its logit ("paper": the predicted class's,
+    which for these samples is the label).
+    """
+    leaf = features.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = head(leaf).gather(1, labels[:, None])
+        total = scores.sum() if variant == "paper" else scores.sigmoid().sum()
+    return torch.autograd.grad(total, leaf)[0]
+
+
+def masked_loss(
+    features: Float[Tensor, "batch channels height width"],
+    labels: Int64[Tensor, " batch"],
+    *,
+    mask: Float[Tensor, "batch channels height width"],
+    group_ids: Int64[Tensor, "batch channels"],
+    groups: int,
+    head: Callable[[Tensor], Tensor],
+    lambda_tenet: float,
+    lambda_orth: float,
+) -> Float[Tensor, ""]:
+    """Return lambda_tenet * cross-entropy of head(mask * features) + lambda_orth * orthogonality.
+
+    `mask` is the reversed map; features and head are differentiated, the mask and the groups are not.
+    """
+    cross_entropy = functional.cross_entropy(head(mask * features), labels)
+    return lambda_tenet * cross_entropy + lambda_orth * orthogonality(features, group_ids, groups=groups)
+
+
+class TenetStep:
+    """The loss of one TENET step, for a loop of one's own.
+
+    Example:
+        tenet = TenetStep(model, stage="layer3")
+        ...                                        # the ordinary step, which leaves `logits`
+        loss = tenet(images, labels, logits=logits)
+        if loss is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    Args:
+        model: a classifier that torch.fx can trace; it is cut at `stage` and keeps its modes.
+        stage: path of the submodule whose output is inhibited.
+        groups: number of groups of channels.
+        variant: "published" or "paper".
+        lambda_tenet: weight of the cross-entropy of the masked pass.
+        lambda_orth: weight of the orthogonality of the groups.
+        exact: take features and gradient from a second, evaluating pass of the body, in the published order.
+        generator: what the first centres are drawn from; a CPU generator serves any device.
+
+    Raises:
+        ValueError: the model cannot be cut there, or an unknown variant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stage: str,
+        groups: int = 6,
+        variant: Variant = "published",
+        lambda_tenet: float = 0.1,
+        lambda_orth: float = 1e-3,
+        exact: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        _check_variant(variant)
+        self.body, self.head = models.cut(model, stage=stage)
+        self.groups, self.variant, self.exact = groups, variant, exact
+        self.lambda_tenet, self.lambda_orth = lambda_tenet, lambda_orth
+        self.generator = generator
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        labels: Int64[Tensor, " batch"],
+        *,
+        logits: Float[Tensor, "batch classes"],
+    ) -> Float[Tensor, ""] | None:
+        """Return the loss over the images that `logits`, of the ordinary pass, classify correctly.
+
+        None where fewer than two are: then there is nothing to step on.
+
+        Raises:
+            ValueError: the stage has fewer channels than there are groups.
+        """
+        correct = (logits.argmax(1) == labels).nonzero().squeeze(1)
+        if len(correct) < FEWEST:
+            return None
+        images, labels = images[correct], labels[correct]
+        features = self.body(images)
+        analysed = self._evaluated_body(images) if self.exact else features.detach()
+        with evaluating(self.head):
+            gradients = analysis_gradients(analysed, labels, head=self.head, variant=self.variant)
+        ids, _ = grouping.group_channels(analysed, self.groups, generator=self.generator)
+        return masked_loss(
+            features,
+            labels,
+            mask=reversed_map(analysed, gradients, ids, groups=self.groups, variant=self.variant),
+            group_ids=ids,
+            groups=self.groups,
+            head=self.head,
+            lambda_tenet=self.lambda_tenet,
+            lambda_orth=self.lambda_orth,
+        )
+
+    def _evaluated_body(self, images: Tensor) -> Tensor:
+        with evaluating(self.body), torch.no_grad():
+            features: Tensor = self.body(images)
+        return features
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its parts back into the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _members(group_ids: Tensor, *, groups: int, like: Tensor) -> Float[Tensor, "batch channels groups"]:
+    return functional.one_hot(group_ids, groups).to(like.dtype)
+
+
+def _check(features: Tensor, group_ids: Tensor, *, groups: int, variant: str = "published") -> None:
+    _check_variant(variant)
+    if group_ids.shape != features.shape[:2]:
+        msg = f"group_ids: expected shape {tuple(features.shape[:2])}, got {tuple(group_ids.shape)}"
+        raise ValueError(msg)
+    if groups < 1:
+        msg = f"groups: expected at least 1, got {groups}"
+        raise ValueError(msg)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in get_args(Variant):
+        msg = f"variant: expected one of {', '.join(get_args(Variant))}, got {variant!r}"
+        raise ValueError(msg)

@@ -1,0 +1,289 @@
+"""The one training loop, from a recipe to a RUN folder; it yields events and prints nothing.
+
+recipe -> data, model -> epochs of ordinary steps, each `interval`-th followed by a TENET step
+                      -> after each epoch: validate, keep the best weights, save RUN.partial, EpochEnded
+                      -> the best weights on the test set, once; save RUN, TrainingEnded
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training import checkpoint, data
+from training import run as runs
+from training.inhibition import TenetStep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from training.data import LabelledImages
+    from training.recipe import Recipe, Schedule
+    from training.run import Run
+
+WARM_UP = 0.3  # share of a one-cycle run in which the rate rises; PyTorch's OneCycleLR has the same
+FIRST_RATE = 0.04  # share of the peak that a one-cycle run starts from; PyTorch's 1 / div_factor
+EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch is over.
+
+    Losses are means over the epoch's steps, `tenet_loss` None where it had no TENET step. `correct`, in
+    training, and `validation_accuracy` are shares in [0, 1]. `tenet_steps` and `seconds` are the run's.
+    """
+
+    epoch: int
+    epochs: int
+    loss: float
+    tenet_loss: float | None
+    correct: float
+    validation_accuracy: float
+    tenet_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingEnded:
+    """The run is over and `folder` is written; both accuracies, in [0, 1], are those of `best_epoch`."""
+
+    folder: Path
+    test_accuracy: float
+    validation_accuracy: float
+    best_epoch: int
+    seconds: float
+    tenet_steps: int
+    iterations: int
+    sha256: str
+
+
+Event = EpochEnded | TrainingEnded
+
+
+def train(recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = False) -> Iterator[Event]:
+    """Train as the recipe says and write the RUN folder `out`; `resume` goes on with an interrupted run.
+
+    The iterator may be dropped at any time: what was done until the last epoch's end is in RUN.partial beside
+    `out`, and a resumed run ends with the same weights as an uninterrupted one. A finished run removes it.
+
+    Raises:
+        ValueError: data, stage, device or interrupted run do not fit the recipe, or the loss diverges.
+        FileNotFoundError: the data are not there, or there is nothing to resume.
+        FileExistsError: `out` exists or, without `resume`, its RUN.partial.
+    """
+    checkpoint.refuse_existing(out)
+    partial = checkpoint.partial_path(out)
+    if partial.exists() and not resume:
+        msg = f"{partial}: expected no interrupted run, got one; go on with it with --resume, or remove it"
+        raise FileExistsError(msg)
+    if resume and not partial.exists():
+        msg = f"{partial}: expected an interrupted run, got none; start without --resume"
+        raise FileNotFoundError(msg)
+    return _train(recipe, out=out, device=_device(device), resume=resume)
+
+
+def rate(share: float, *, schedule: Schedule) -> float:
+    """Return the learning rate, as a share of its peak, when `share` of the run is done."""
+    if schedule == "constant":
+        return 1.0
+    if share < WARM_UP:
+        return FIRST_RATE + (1 - FIRST_RATE) * (1 - math.cos(math.pi * share / WARM_UP)) / 2
+    return (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+def _train(recipe: Recipe, *, out: Path, device: torch.device, resume: bool) -> Iterator[Event]:
+    training_set, validation_set = _training_sets(recipe)
+    images, labels = _on_device(training_set, device)
+    partial = checkpoint.partial_path(out)
+    run = runs.begin(recipe, classes=len(training_set.class_names), device=device)
+    tenet = _tenet_step(recipe, run, steps=data.steps(len(images), batch_size=recipe.training.batch_size))
+    if resume:
+        runs.take_up(run, partial, recipe=recipe)
+    with _threads(recipe.training.threads):
+        while run.progress.epoch < recipe.training.epochs:
+            began = time.perf_counter()
+            loss, tenet_loss, correct = _epoch(run, recipe, images, labels, tenet=tenet)
+            accuracy = _accuracy(run.model, validation_set, device=device)
+            run.end_epoch(accuracy=accuracy, seconds=time.perf_counter() - began)
+            runs.preserve(run, partial, recipe=recipe)
+            yield EpochEnded(
+                epoch=run.progress.epoch,
+                epochs=recipe.training.epochs,
+                loss=loss,
+                tenet_loss=tenet_loss,
+                correct=correct,
+                validation_accuracy=accuracy,
+                tenet_steps=run.progress.tenet_steps,
+                seconds=run.progress.seconds,
+            )
+        ended = _finish(run, recipe, out=out, device=device, class_names=training_set.class_names)
+    partial.unlink()
+    yield ended
+
+
+def _epoch(
+    run: Run, recipe: Recipe, images: Tensor, labels: Tensor, *, tenet: TenetStep | None
+) -> tuple[float, float | None, float]:
+    """Go through the data once; return the mean ordinary loss, the mean TENET loss and the share correct."""
+    settings, progress = recipe.training, run.progress
+    iterations = settings.epochs * data.steps(len(images), batch_size=settings.batch_size)
+    losses, tenet_losses, correct = list[Tensor](), list[Tensor](), list[Tensor]()
+    run.model.train()
+    for x, y in data.batches(
+        images,
+        labels,
+        batch_size=settings.batch_size,
+        generator=run.shuffling,
+        crop_padding=settings.crop_padding,
+        flip=settings.flip,
+    ):
+        share = rate(progress.iterations / iterations, schedule=settings.schedule)
+        run.optimizer.param_groups[0]["lr"] = settings.learning_rate * share
+        logits = run.model(x)
+        losses.append(_step(run.optimizer, functional.cross_entropy(logits, y)))
+        correct.append((logits.argmax(1) == y).float().mean())
+        progress.iterations += 1
+        if tenet is not None and _due(recipe, progress.iterations):
+            tenet_loss = tenet(x, y, logits=logits.detach())
+            if tenet_loss is not None:
+                tenet_losses.append(_step(run.optimizer, tenet_loss))
+                progress.tenet_steps += 1
+    tenet_mean = _finite_mean(tenet_losses, run=run) if tenet_losses else None
+    return _finite_mean(losses, run=run), tenet_mean, torch.stack(correct).mean().item()
+
+
+def _step(optimizer: torch.optim.SGD, loss: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def _due(recipe: Recipe, iterations: int) -> bool:
+    tenet = recipe.tenet
+    return tenet is not None and iterations >= tenet.start and iterations % tenet.interval == 0
+
+
+def _finite_mean(losses: list[Tensor], *, run: Run) -> float:
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
+        msg = f"loss: expected a finite number, got {mean} in epoch {run.progress.epoch + 1}; "
+        raise ValueError(msg + "lower training.learning_rate")
+    return mean
+
+
+def _accuracy(model: nn.Module, images: LabelledImages, *, device: torch.device) -> float:
+    """Return the share of images that the model, left in evaluation mode, classifies correctly."""
+    model.eval()
+    pixels, labels = _on_device(images, device)
+    with torch.inference_mode():
+        right = [
+            (model(data.unit_range(x)).argmax(1) == y).sum()
+            for x, y in zip(torch.split(pixels, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
+        ]
+    return int(torch.stack(right).sum()) / len(images)
+
+
+def _finish(
+    run: Run, recipe: Recipe, *, out: Path, device: torch.device, class_names: tuple[str, ...]
+) -> TrainingEnded:
+    """Test the best weights, for the first and only time, and save them."""
+    test_set = _load(recipe, split="test")
+    if test_set.class_names != class_names:
+        msg = f"test split: expected the training split's classes {class_names}, got {test_set.class_names}"
+        raise ValueError(msg)
+    run.model.load_state_dict(run.best)
+    progress, accuracy = run.progress, _accuracy(run.model, test_set, device=device)
+    sha256 = checkpoint.save(
+        out,
+        model=run.model,
+        recipe=recipe,
+        class_names=class_names,
+        input_shape=(3, test_set.images.shape[1], test_set.images.shape[2]),
+        metrics={
+            "test_accuracy": accuracy,
+            "test_images": len(test_set),
+            "validation_accuracy": progress.best_accuracy,
+            "best_epoch": progress.best_epoch,
+            "iterations": progress.iterations,
+            "tenet_steps": progress.tenet_steps,
+            "seconds": progress.seconds,
+        },
+    )
+    return TrainingEnded(
+        folder=out,
+        test_accuracy=accuracy,
+        validation_accuracy=progress.best_accuracy,
+        best_epoch=progress.best_epoch,
+        seconds=progress.seconds,
+        tenet_steps=progress.tenet_steps,
+        iterations=progress.iterations,
+        sha256=sha256,
+    )
+
+
+def _tenet_step(recipe: Recipe, run: Run, *, steps: int) -> TenetStep | None:
+    settings = recipe.tenet
+    if settings is None:
+        return None
+    iterations = steps * recipe.training.epochs
+    if not any(_due(recipe, index + 1) for index in range(iterations)):
+        msg = f"tenet.start: expected a TENET step in the run's {iterations} iterations, got none from "
+        msg += f"{settings.start} with interval {settings.interval}; lower them, or leave [tenet] out"
+        raise ValueError(msg)
+    return TenetStep(
+        run.model,
+        stage=settings.stage,
+        groups=settings.groups,
+        variant=settings.variant,
+        lambda_tenet=settings.lambda_tenet,
+        lambda_orth=settings.lambda_orth,
+        exact=settings.exact,
+        generator=run.centres,
+    )
+
+
+def _training_sets(recipe: Recipe) -> tuple[LabelledImages, LabelledImages]:
+    whole = _load(recipe, split="train")
+    kept, held = data.stratified(whole.labels, fraction=recipe.data.validation, seed=recipe.training.seed)
+    if len(held) == 0:
+        msg = f"data: expected a class with an image to validate with, got {len(whole)} images, one per class"
+        raise ValueError(msg)
+    return whole.subset(kept), whole.subset(held)
+
+
+def _load(recipe: Recipe, *, split: str) -> LabelledImages:
+    root = None if recipe.data.root is None else Path(recipe.data.root)
+    return data.load(recipe.data.name, split=split, root=root)
+
+
+def _on_device(images: LabelledImages, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(images.images).to(device), torch.from_numpy(images.labels).to(device)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # of an unknown name, and of CUDA where there is none
+        reason = str(error).split("\n", maxsplit=1)[0]
+        msg = f"device: expected one that this machine has, got {name!r}: {reason}"
+        raise ValueError(msg) from error
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
