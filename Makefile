@@ -1,6 +1,8 @@
 # Two commands on a bare machine with Python >= 3.11: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core, and one thread in each: two thread pools on two cores are slower than none.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 EXTRAS := train,audit,web,tensorrt-rtx,dev
 
 .PHONY: demo test setup check test-all gpu bench serve
@@ -14,7 +16,7 @@ demo: setup
 	$(BIN)/tenet demo
 
 test: setup
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 check: setup
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -23,7 +25,7 @@ check: setup
 	$(BIN)/hadolint Dockerfile
 
 test-all: setup
-	$(BIN)/pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 gpu: setup
 	$(BIN)/pytest -m gpu

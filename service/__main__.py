@@ -52,9 +52,11 @@ def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        complain("interrupted; nothing is left half-written")
-        sys.exit(INTERRUPTED)
+    except SystemExit as ended:
+        # Typer turns Ctrl-C into this exit code, and says nothing.
+        if ended.code == INTERRUPTED:
+            complain("interrupted; nothing is left half-written")
+        raise
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has gone: that is no error, and there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

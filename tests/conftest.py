@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
     from export.repository import Repository
 
-ROOT = Path(__file__).parents[1]
+
+# Shapes in these modules' annotations are checked at each call. The hook must come before their first import, so it
+# stands here; models are left out because torch.fx traces them.
+install_import_hook(
+    ["training.augment", "training.data", "training.grouping", "training.inhibition"], "beartype.beartype"
+)
 
 _RECIPE = """
 [data]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from training import loop, recipe
+from training import checkpoint, loop, recipe
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as shells have it
 
@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
             _say(f"error: {line}", to=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; --resume goes on after the last whole epoch", to=sys.stderr)
+        kept = checkpoint.partial_path(options.out).exists()
+        way_on = "--resume goes on after the last whole epoch" if kept else "nothing was written"
+        _say(f"interrupted; {way_on}", to=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,7 +77,7 @@ def from_folder(folder: Path) -> LabelledImages:
     if not folder.is_dir():
         msg = f"{folder}: no such folder; expected {folder.name}/CLASS/*.png|jpg in {folder.parent}"
         raise FileNotFoundError(msg)
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    class_folders = sorted(path for path in _visible(folder) if path.is_dir())
     if not class_folders:
         msg = f"{folder}: expected one folder per class in it, got none; put images in {folder}/CLASS/"
         raise FileNotFoundError(msg)
@@ -172,8 +172,12 @@ def _folder(split: str, root: Path | None) -> LabelledImages:
 LOADERS: dict[str, Callable[[str, Path | None], LabelledImages]] = {"digits": _digits, "folder": _folder}
 
 
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def _image_paths(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in _visible(folder) if path.suffix.lower() in SUFFIXES)
     if not paths:
         msg = f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}), got none; add some or remove it"
         raise FileNotFoundError(msg)
@@ -184,7 +188,7 @@ def _pixels(path: Path) -> UInt8[np.ndarray, "height width 3"]:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         msg = f"{path}: expected an image, got a file that cannot be decoded; remove or replace it"
         raise ValueError(msg) from error
 

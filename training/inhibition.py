@@ -154,8 +154,9 @@ class TenetStep:
             optimizer.step()
 
     Args:
-        model: a classifier that torch.fx can trace; it is cut at `stage` and keeps its modes.
-        stage: path of the submodule whose output is inhibited.
+        model: a classifier; it keeps the modes that it is in.
+        stage: path of the submodule whose output is inhibited, in a model that torch.fx can trace; None where
+            the model has a `body` and a `head` of its own.
         groups: number of groups of channels.
         variant: "published" or "paper".
         lambda_tenet: weight of the cross-entropy of the masked pass.
@@ -171,7 +172,7 @@ class TenetStep:
         self,
         model: nn.Module,
         *,
-        stage: str,
+        stage: str | None,
         groups: int = 6,
         variant: Variant = "published",
         lambda_tenet: float = 0.1,
@@ -180,7 +181,7 @@ class TenetStep:
         generator: torch.Generator | None = None,
     ) -> None:
         _check_variant(variant)
-        self.body, self.head = models.cut(model, stage=stage)
+        self.body, self.head = models.own_parts(model) if stage is None else models.cut(model, stage=stage)
         self.groups, self.variant, self.exact = groups, variant, exact
         self.lambda_tenet, self.lambda_orth = lambda_tenet, lambda_orth
         self.generator = generator
@@ -203,8 +204,7 @@ class TenetStep:
         if len(correct) < FEWEST:
             return None
         images, labels = images[correct], labels[correct]
-        features = self.body(images)
-        analysed = self._evaluated_body(images) if self.exact else features.detach()
+        features, analysed = self._features(images)
         with evaluating(self.head):
             gradients = analysis_gradients(analysed, labels, head=self.head, variant=self.variant)
         ids, _ = grouping.group_channels(analysed, self.groups, generator=self.generator)
@@ -219,10 +219,14 @@ class TenetStep:
             lambda_orth=self.lambda_orth,
         )
 
-    def _evaluated_body(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features that are masked, and those that the mask is made from."""
+        if not self.exact:
+            features = self.body(images)
+            return features, features.detach()
         with evaluating(self.body), torch.no_grad():
-            features: Tensor = self.body(images)
-        return features
+            analysed = self.body(images)
+        return self.body(images), analysed
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def _train(recipe: Recipe, *, out: Path, device: torch.device, resume: bool) -> 
                 seconds=run.progress.seconds,
             )
         ended = _finish(run, recipe, out=out, device=device, class_names=training_set.class_names)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     yield ended
 
 

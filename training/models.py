@@ -124,7 +124,8 @@ def cut(model: nn.Module, *, stage: str) -> tuple[nn.Module, nn.Module]:
     try:
         nodes = list(_StageTracer(stage).trace(model).nodes)
     except (fx.proxy.TraceError, TypeError) as error:
-        msg = f"model: expected one that torch.fx can trace, got {type(model).__name__}: {error}"
+        msg = "model: expected one that torch.fx can trace, or that has a body and a head of its own, "
+        msg += f"got {type(model).__name__}: {error}"
         raise ValueError(msg) from error
     places = [index for index, node in enumerate(nodes) if node.op == "call_module" and node.target == stage]
     if len(places) != 1:
@@ -134,6 +135,19 @@ def cut(model: nn.Module, *, stage: str) -> tuple[nn.Module, nn.Module]:
     body = _body_graph(nodes[: place + 1])
     head = _head_graph(nodes[: place + 1], nodes[place + 1 :], stage=stage)
     return fx.GraphModule(model, body), fx.GraphModule(model, head)
+
+
+def own_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the `body` and `head` that a model brings itself, as one that torch.fx cannot trace may.
+
+    Raises:
+        ValueError: it does not have both.
+    """
+    body, head = (getattr(model, name, None) for name in ("body", "head"))
+    if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
+        msg = f"model: expected submodules named body and head, got {type(model).__name__}; name a stage instead"
+        raise ValueError(msg)
+    return body, head
 
 
 def _body_graph(nodes: list[fx.Node]) -> fx.Graph:

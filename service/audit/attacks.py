@@ -25,12 +25,18 @@ from service.audit.plan import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from export.engines.base import Images
     from service.audit.targets import AttackModel
+
+# Foolbox's own values adapt the step sizes after 300 steps, for the first time. On 50 digits, 300 steps from the
+# same starts came to a median L2 distance of 5.3 with those, and of 3.4 with these, which adapt after 30 steps at
+# twice the queries a step; 2,000 steps with Foolbox's came to 3.2.
+_BOUNDARY_STEPS: dict[str, Any] = {"update_stats_every_k": 1, "spherical_step": 0.03, "source_step": 0.003}
+
+# Halvings of the way to an image of another class: 2^-10 of it is less than a grey level.
+_BISECTIONS = 10
 
 # A perturbation may exceed its epsilon by float32's rounding, no more.
 _TOLERANCE = 1e-5
@@ -84,7 +90,11 @@ def run(attack: Attack, *, model: AttackModel, images: Images, labels: np.ndarra
         subject = _Subject(torch.from_numpy(images[active]), torch.from_numpy(labels[active]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            candidates = _candidates(attack, model, subject, _starting_points(images, predictions, active))
+            options = {}
+            if isinstance(attack, DecisionAttack):
+                far = _nearest_of_another_class(images, predictions, active)
+                options["starting_points"] = _onto_the_boundary(model, subject, far)
+            candidates = _candidates(attack, model, subject, options)
         for epsilon, candidate in candidates.items():
             robust[epsilon][active] = ~_fooled(attack, model, subject, candidate, epsilon)
     return Outcome(correct, robust, model.target.queries - before)
@@ -96,13 +106,8 @@ class _Subject:
     labels: Tensor
 
 
-def _candidates(
-    attack: Attack, model: AttackModel, subject: _Subject, starting_points: Callable[[], Tensor]
-) -> dict[str, Tensor]:
+def _candidates(attack: Attack, model: AttackModel, subject: _Subject, options: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return for each epsilon the images that the attack proposes."""
-    options: dict[str, Any] = {}
-    if isinstance(attack, DecisionAttack):
-        options["starting_points"] = starting_points()
     with warnings.catch_warnings():
         # Foolbox warns of its own deprecated scipy imports.
         warnings.simplefilter("ignore")
@@ -126,7 +131,7 @@ def _foolbox(attack: Attack) -> Any:
         case NoiseAttack():
             return _NOISE_ATTACKS[attack.name](repeats=attack.repeats)
         case DecisionAttack():
-            return foolbox_attacks.BoundaryAttack(steps=attack.steps, tensorboard=False)
+            return foolbox_attacks.BoundaryAttack(steps=attack.steps, tensorboard=False, **_BOUNDARY_STEPS)
 
 
 def _fooled(
@@ -141,21 +146,28 @@ def _fooled(
     return legal.numpy() & wrong  # type: ignore[no-any-return]
 
 
-def _starting_points(
+def _nearest_of_another_class(
     images: Images, predictions: np.ndarray[Any, Any], active: np.ndarray[Any, Any]
-) -> Callable[[], Tensor]:
-    """Return what finds, for each attacked image, the nearest image that the engine puts into another class."""
+) -> Tensor:
+    """Return for each attacked image the nearest image that the engine puts into another class."""
+    flat = torch.from_numpy(images).flatten(1)
+    distances = torch.cdist(flat[active], flat)
+    distances[torch.from_numpy(predictions[active, None] == predictions[None, :])] = torch.inf
+    closest, chosen = distances.min(dim=1)
+    if not bool(closest.isfinite().all()):
+        raise ValueError(
+            "a decision-based attack starts from images of another class, and the engine puts all of these "
+            "into one; audit more samples"
+        )
+    return torch.from_numpy(images)[chosen]
 
-    def nearest() -> Tensor:
-        flat = torch.from_numpy(images).flatten(1)
-        distances = torch.cdist(flat[active], flat)
-        distances[torch.from_numpy(predictions[active, None] == predictions[None, :])] = torch.inf
-        closest, chosen = distances.min(dim=1)
-        if not bool(closest.isfinite().all()):
-            raise ValueError(
-                "a decision-based attack starts from images of another class, and the engine puts all of these "
-                "into one; audit more samples"
-            )
-        return torch.from_numpy(images)[chosen]
 
-    return nearest
+def _onto_the_boundary(model: AttackModel, subject: _Subject, far: Tensor) -> Tensor:
+    """Return the adversarial image next to the decision boundary on the line from each image to a far one."""
+    near = subject.images
+    for _ in range(_BISECTIONS):
+        middle = (near + far) / 2
+        fooled = torch.from_numpy(model.target.predict(middle.numpy())) != subject.labels
+        mask = fooled[:, None, None, None]
+        near, far = torch.where(mask, near, middle), torch.where(mask, middle, far)
+    return far

@@ -69,7 +69,7 @@ def submit(plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")], 
     parsed = plans.read(plan)
     with _client(server) as client:
         submitted = client.submit_audit(plans.to_toml(parsed))
-    console.print(f"audit of {submitted.model}@{submitted.version}: {_state(submitted)}")
+    console.print(f"submitted: audit of {submitted.model}@{submitted.version}")
     typer.echo(submitted.id)
 
 

@@ -1,4 +1,4 @@
-"""`tenet serve`, `tenet work`, `tenet up`: the processes of a deployment, or all of them on one machine."""
+"""`tenet serve`, `tenet work`, `tenet web`: the processes of a deployment; `tenet up`: all of them on one machine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import asyncio
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands.companion import Companion, end_with
 from service.commands.console import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
-    from typing import Self
 
     from service.server import Service, Serving
     from service.settings import Settings
@@ -29,21 +27,15 @@ RepositoryOption = Annotated[Path, typer.Option(help="The model repository.")]
 StateOption = Annotated[Path, typer.Option(help="The folder of audits: jobs, reports, locks; made if missing.")]
 PortOption = Annotated[int | None, typer.Option(help="0 takes a free one.", min=0, max=65535)]
 HostOption = Annotated[str | None, typer.Option(help="The address to listen on.")]
+ParentOption = Annotated[int | None, typer.Option(hidden=True)]
 SettingsOption = Annotated[Path | None, typer.Option("--settings", help="Service settings, TOML.")]
-
-# How long a worker may take to hand in its last shard before it is ended.
-_WORKER_GRACE_SECONDS = 10
-
-# A worker that dies at once would otherwise be restarted in a busy loop.
-_RESTART_SECONDS = 1
-
-_PARENT_POLL_SECONDS = 1
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command("serve", epilog="Example: tenet serve --repository models --port 8001")(serve)
     app.command("work", epilog="Example: tenet work --repository models --state state")(work)
+    app.command("web", epilog="Example: tenet web --server 127.0.0.1:8001 --port 8080")(web)
     app.command("up", epilog="Example: tenet up --repository models --state state --port 8001")(up)
 
 
@@ -58,11 +50,7 @@ def serve(
     _serve(repository, state, _settings(settings, host, port))
 
 
-def work(
-    repository: RepositoryOption,
-    state: StateOption,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
-) -> None:
+def work(repository: RepositoryOption, state: StateOption, parent: ParentOption = None) -> None:
     """Run submitted audits, unfinished ones first."""
     from export.repository import Repository
     from service.audit import jobs
@@ -72,34 +60,66 @@ def work(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    end_with(parent)
     folder = State(state)
     with folder.lock("work"):
         jobs.start(Repository(repository), folder)
         console.print(f"working on the audits in {state}", markup=False, soft_wrap=True)
-        while not stop.wait(_PARENT_POLL_SECONDS) and parent in {None, os.getppid()}:
-            pass
+        stop.wait()
         # Stops as it would crash: the shard in flight is given up, and the next worker goes on from the one before.
         sys.stdout.flush()
         os._exit(0)
 
 
+def web(
+    server: Annotated[str, typer.Option(envvar="TENET_SERVER", help="HOST:PORT of `tenet serve --state`.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8080,
+    parent: ParentOption = None,
+) -> None:
+    """Show audits and reports as web pages."""
+    import socket
+
+    import uvicorn
+
+    from service.client import Client
+    from service.web.dashboard import dashboard
+
+    end_with(parent)
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+    with listener, Client(server) as client:
+        console.print(f"dashboard on http://{host}:{listener.getsockname()[1]}", markup=False, soft_wrap=True)
+        uvicorn.Server(uvicorn.Config(dashboard(client), log_level="warning")).run(sockets=[listener])
+
+
 def up(
     repository: RepositoryOption,
     state: StateOption,
+    *,
     host: HostOption = None,
     port: PortOption = None,
+    web_port: Annotated[int, typer.Option(help="The dashboard's; 0 takes a free one.", min=0, max=65535)] = 0,
     settings: SettingsOption = None,
 ) -> None:
-    """Serve and work on one machine; a worker that dies is started again and goes on with its audit."""
+    """Serve, work and show on one machine; a process that dies is started again, its audit goes on."""
     from service.audit.state import State
 
     chosen = _settings(settings, host, port)
-    with State(state).lock("up"), _Worker(repository, state) as worker:
-        _serve(repository, state, chosen, on_ready=worker.start)
+    with State(state).lock("up"), ExitStack() as companions:
+
+        def start(address: str) -> None:
+            worker = ["work", "--repository", str(repository), "--state", str(state)]
+            companions.enter_context(Companion("worker", worker))
+            companions.enter_context(Companion("dashboard", ["web", "--server", address, "--port", str(web_port)]))
+
+        _serve(repository, state, chosen, on_ready=start)
 
 
 def _serve(
-    repository: Path, state: Path | None, settings: Settings, *, on_ready: Callable[[], None] | None = None
+    repository: Path, state: Path | None, settings: Settings, *, on_ready: Callable[[str], None] | None = None
 ) -> None:
     from service import server
 
@@ -111,54 +131,11 @@ def _serve(
             f"serving {len(serving.models)} models on {serving.address}: {names}", markup=False, soft_wrap=True
         )
         if on_ready is not None:
-            on_ready()
+            on_ready(serving.address)
 
     with _audit_services(repository, state) as services:
         asyncio.run(server.serve(repository, settings, on_ready=announce, services=services))
     console.print("stopped")
-
-
-class _Worker:
-    """A worker process beside the server, started again when it dies, ended with the block."""
-
-    def __init__(self, repository: Path, state: Path) -> None:
-        options = ["--repository", str(repository), "--state", str(state), "--parent", str(os.getpid())]
-        self._command = [sys.executable, "-m", "service", "work", *options]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="worker")
-
-    def start(self) -> None:
-        """Start the worker."""
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            process = subprocess.Popen(self._command)  # noqa: S603 - our own command
-            while process.poll() is None and not self._stop.wait(_RESTART_SECONDS):
-                pass
-            if self._stop.is_set():
-                _end(process)
-            else:
-                console.print(f"the worker ended with exit code {process.returncode}; starting another")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_WORKER_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _settings(path: Path | None, host: str | None, port: int | None) -> Settings:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -14,10 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from training.recipe import Recipe
-
-# shapes in these modules' annotations are checked at each call; the models' are not, as torch.fx traces them
-CHECKED = ["training.augment", "training.data", "training.grouping", "training.inhibition"]
-install_import_hook(CHECKED, "beartype.beartype")
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 70), "red": (210, 40, 50)}
 

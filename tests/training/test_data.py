@@ -65,6 +65,8 @@ def test_jpeg_and_grey_images_are_taken_and_other_files_left(tmp_path: Path) -> 
     Image.fromarray(np.full((4, 6), 99, np.uint8)).save(tmp_path / "a" / "grey.PNG")
     Image.fromarray(np.full((4, 6, 3), 99, np.uint8)).save(tmp_path / "a" / "colour.jpg")
     (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "._colour.jpg").write_text("what macOS leaves beside an image")
+    (tmp_path / ".cache").mkdir()
     loaded = data.from_folder(tmp_path)
     assert loaded.images.shape == (2, 4, 6, 3)
     assert abs(loaded.images.astype(int) - 99).max() <= 2
@@ -78,9 +80,12 @@ def test_images_of_two_sizes_are_refused(tmp_path: Path) -> None:
         data.from_folder(tmp_path)
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.png").write_bytes(b"not an image")
+@pytest.mark.parametrize("kept", [0, 7, 30, 60])
+def test_a_file_that_is_no_whole_image_is_named(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "a" / "1.png"
+    path.parent.mkdir()
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"1\.png: expected an image"):
         data.from_folder(tmp_path)
 

@@ -167,21 +167,21 @@ def test_analysis_gradients_are_those_of_the_label() -> None:
     assert all(parameter.grad is None for parameter in head.parameters())
 
 
-def count_calls(module: nn.Module) -> list[int]:
-    calls: list[int] = []
-    module.register_forward_hook(lambda *_: calls.append(1))
+def modes_of_calls(module: nn.Module) -> list[bool]:
+    calls: list[bool] = []
+    module.register_forward_hook(lambda module, *_: calls.append(module.training))
     return calls
 
 
-@pytest.mark.parametrize(("exact", "passes"), [(False, 1), (True, 2)])
-def test_a_step_runs_the_body_once_or_as_published_twice(exact: bool, passes: int) -> None:  # noqa: FBT001
+@pytest.mark.parametrize(("exact", "modes"), [(False, [True]), (True, [False, True])])
+def test_a_step_runs_the_body_once_or_as_published_twice(exact: bool, modes: list[bool]) -> None:  # noqa: FBT001
     model = build().train()
     tenet = inhibition.TenetStep(model, stage="layer2", groups=3, exact=exact, generator=seeded(0))
-    body, head = count_calls(model.get_submodule("layer1.0.conv1")), count_calls(model.get_submodule("fc"))
+    body, head = modes_of_calls(model.get_submodule("layer1.0.conv1")), modes_of_calls(model.get_submodule("fc"))
     images, labels, logits = batch()
     assert tenet(images, labels, logits=logits) is not None
-    assert len(body) == passes
-    assert len(head) == 2
+    assert body == modes
+    assert head == [False, True]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -254,6 +254,23 @@ def test_a_step_teaches_body_and_head() -> None:
     assert loss is not None
     loss.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())
+
+
+def test_a_model_with_a_body_and_a_head_of_its_own_is_not_traced() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 4, 3)
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x) if x.sum() > 0 else -self.body(x))  # type: ignore[no-any-return]
+
+    images, labels, logits = batch()
+    tenet = inhibition.TenetStep(Branching(), stage=None, groups=2)
+    assert tenet(images, labels, logits=logits) is not None
+    with pytest.raises(ValueError, match="expected submodules named body and head, got ResNet"):
+        inhibition.TenetStep(build(), stage=None)
 
 
 def test_an_unknown_variant_lists_the_variants() -> None:

@@ -53,9 +53,13 @@ def test_an_interrupt_is_one_line_and_status_130_and_can_be_resumed(
 ) -> None:
     out = tmp_path / "run"
 
-    def interrupt(_: object) -> str:
+    def interrupt(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.train", interrupt)
+        assert main([str(file), "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
     with monkeypatch.context() as patch:
         patch.setattr("training.__main__.describe", interrupt)
         assert main([str(file), "--out", str(out)]) == 130

@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x) if x.sum() > 0 else x
 
-    with pytest.raises(ValueError, match=r"expected one that torch\.fx can trace, got Branching"):
+    with pytest.raises(ValueError, match=r"expected one that torch\.fx can trace, or .* got Branching"):
         models.cut(Branching(), stage="layer")
 
 

@@ -1,0 +1,76 @@
+"""Processes beside a server: started again when they die, ended with it, and gone when it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from service.commands.console import console
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+# How long a process beside the server may take to end.
+_END_SECONDS = 10
+
+# A process that dies at once would otherwise be restarted in a busy loop.
+_RESTART_SECONDS = 1
+
+_PARENT_POLL_SECONDS = 1
+
+
+class Companion:
+    """A process beside the server, started again when it dies, ended with the block."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self._name = name
+        self._command = [sys.executable, "-m", "service", *arguments, "--parent", str(os.getpid())]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            process = subprocess.Popen(self._command)  # noqa: S603 - our own command
+            while process.poll() is None and not self._stop.wait(_RESTART_SECONDS):
+                pass
+            if self._stop.is_set():
+                _end(process)
+            else:
+                console.print(f"the {self._name} ended with exit code {process.returncode}; starting another")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def end_with(parent: int | None) -> None:
+    """End this process, as by SIGTERM, when the process that started it has gone without ending it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent is not None:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,1 @@
+"""The dashboard: a client of the gRPC API like any other."""
