@@ -8,6 +8,7 @@ EXTRAS := train,audit,web,tensorrt-rtx,dev
 .PHONY: demo test setup check test-all gpu bench serve
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard protos/*/*.proto protos/*/*/*.proto)
+	@echo "installing into .venv: 5 GB, a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

@@ -84,13 +84,7 @@ def publish_checkpoint(
             parity=_not_run("PyTorch checkpoint", "the comparison has not been made yet"),
             build=_build("torch", "onnx", "onnxscript"),
         )
-
-        def twin(batch: Images) -> Logits:
-            with torch.inference_mode():
-                return np.asarray(trained.model(torch.from_numpy(batch)).numpy())
-
-        expected = parity.batched(twin, proof.images, batch=max_batch)
-        _prove(draft, manifest, expected, proof, reference="PyTorch checkpoint")
+        _prove(draft, manifest, _twin_answers(run, proof), proof, reference="PyTorch checkpoint")
     return repository.find(name, draft.version)
 
 
@@ -149,10 +143,37 @@ def publish_variant(
             }
         )
         proof = _images(twin, images, split="test", count=PARITY_IMAGES)
-        with open_engine(source.folder) as reference:
-            expected = parity.batched(reference, proof.images, batch=manifest.max_batch)
-        _prove(draft, described, expected, proof, reference=str(source))
+        _prove(draft, described, _engine_answers(source, proof), proof, reference=str(source))
     return repository.find(name, draft.version)
+
+
+def verify(version: Version, *, repository: Repository, images: Path | None = None) -> Version:
+    """Complete, or repeat, the proof of parity of a published version on this machine, and record its result.
+
+    Args:
+        version: what to prove.
+        repository: where it, and what it was made from, are.
+        images: a folder of class folders, instead of the run's own test images.
+
+    Raises:
+        RuntimeError: its runtime cannot run here.
+        ValueError: a file is damaged, there is nothing to compare with, or parity failed (which is recorded, too).
+    """
+    run = repository.twin_of(version)
+    proof = _images(run, images, split="test", count=PARITY_IMAGES)
+    source = version.manifest.source
+    if source is not None:
+        origin = repository.find(source.model, source.version)
+        reference, expected = str(origin), _engine_answers(origin, proof)
+    elif run is not None:
+        reference, expected = "PyTorch checkpoint", _twin_answers(run, proof)
+    else:
+        raise ValueError(f"{version}: expected a source or a checkpoint to compare with, found none; export it again")
+    result = _measure(open_engine(version.folder), expected, proof, reference=reference)
+    repository.record_proof(version, result)
+    if result.status == "failed":
+        raise ValueError(f"{version}: parity with {reference} failed: {result.explanation}")
+    return repository.find(version.manifest.model, version.manifest.version)
 
 
 @dataclass(frozen=True)
@@ -206,6 +227,21 @@ def _measure(engine: Engine, expected: Logits, proof: ImageSet, *, reference: st
         answers = parity.batched(engine, proof.images, batch=engine.manifest.max_batch)
     limits = parity.LIMITS[engine.manifest.precision]
     return parity.compare(answers, expected, reference=reference, images=proof.description, limits=limits)
+
+
+def _twin_answers(run: Path, proof: ImageSet) -> Logits:
+    model = checkpoint.load(run).model
+
+    def answer(batch: Images) -> Logits:
+        with torch.inference_mode():
+            return np.asarray(model(torch.from_numpy(batch)).numpy())
+
+    return parity.batched(answer, proof.images, batch=MAX_BATCH)
+
+
+def _engine_answers(version: Version, proof: ImageSet) -> Logits:
+    with open_engine(version.folder) as engine:
+        return parity.batched(engine, proof.images, batch=version.manifest.max_batch)
 
 
 def _not_run(reference: str, explanation: str) -> Parity:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from export import manifest as manifests
-from export.manifest import Manifest, checked_name
+from export.manifest import Manifest, Parity, checked_name
 
 _TRITON_PLATFORMS = {
     "onnxruntime": "onnxruntime_onnx",
@@ -56,7 +56,7 @@ class Draft:
         """Write the manifest; it must carry this draft's model and version."""
         assert (manifest.model, manifest.version) == (self.model, self.version)
         self._manifest = manifest
-        (self.folder / manifests.FILE_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (self.folder / manifests.FILE_NAME).write_bytes(_as_json(manifest))
 
 
 class Repository:
@@ -120,6 +120,11 @@ class Repository:
             version = self.find(source.model, source.version)
         return version.folder / version.manifest.twin.folder
 
+    def record_proof(self, version: Version, proof: Parity) -> None:
+        """Put a new proof into a published version's manifest, all of it or nothing."""
+        manifest = version.manifest.model_copy(update={"parity": proof})
+        _atomic_write(version.folder / manifests.FILE_NAME, _as_json(manifest))
+
     @contextmanager
     def draft(self, model: str) -> Iterator[Draft]:
         """Publish a new version: all of it when the block ends well, nothing of it otherwise."""
@@ -169,6 +174,10 @@ def triton_config(manifest: Manifest) -> str:
         + tensors("output", manifest.outputs)
         + "dynamic_batching { }\n"
     )
+
+
+def _as_json(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=2).encode() + b"\n"
 
 
 def _atomic_write(path: Path, content: bytes) -> None:

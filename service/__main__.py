@@ -15,6 +15,20 @@ from service.version import VERSION
 # What a user can mend; everything else is a defect of ours and keeps its traceback.
 _EXPECTED = (ValueError, FileNotFoundError, FileExistsError, RuntimeError, OSError, ServiceError)
 
+# Which extra brings a package that the bare install does not have.
+_EXTRAS = {
+    "dbos": "audit",
+    "foolbox": "audit",
+    "jinja2": "audit",
+    "onnxscript": "train",
+    "safetensors": "train",
+    "sklearn": "train",
+    "starlette": "web",
+    "torch": "train",
+    "torchvision": "train",
+    "uvicorn": "web",
+}
+
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -61,6 +75,11 @@ def main() -> None:
         # The reader of a pipe (`| head`) has gone: that is no error, and there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        complain(f"this needs {error.name}, which is not installed; pip install 'tenet[{_EXTRAS[error.name]}]'")
+        sys.exit(BAD_INPUT)
     except _EXPECTED as error:
         complain(str(error))
         sys.exit(BAD_INPUT)

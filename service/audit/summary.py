@@ -1,4 +1,4 @@
-"""Reports -> one table, an engine a row: the same for the terminal, the page and the README."""
+"""Reports -> one table, an engine a column: the same for the terminal, the page and the README."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
 
     from service.audit.report import Interval, Report
 
+_NONE = "–"
+
 
 def table(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows; an engine whose audit has no such number shows a dash."""
-    results = dict.fromkeys(
-        (attack.id, result.epsilon, attack.norm)
-        for report in reports
-        for attack in report.attacks
-        for result in attack.results
-    )
-    headings = ["engine", "accuracy", *(f"{name} {norm} {epsilon}" for name, epsilon, norm in results)]
-    headings += ["mean corruption error", "disagreement", "verdict"]
-    return headings, [_row(report, list(results)) for report in reports]
+    headings = ["", *(f"{r.target.model}@{r.target.version} ({r.target.precision})" for r in reports)]
+    rows = [["accuracy", *(with_interval(r.clean.accuracy, r.clean.interval) for r in reports)]]
+    rows += _robust_rows(reports)
+    rows.append(["mean corruption error", *map(_corruptions, reports)])
+    rows.append(["disagreement", *map(_disagreement, reports)])
+    rows.append(["verdict", *(r.verdict for r in reports)])
+    return headings, rows
 
 
 def percent(value: float) -> str:
@@ -33,18 +33,26 @@ def with_interval(value: float, interval: Interval) -> str:
     return f"{percent(value)} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def _row(report: Report, results: list[tuple[str, str, str]]) -> list[str]:
-    measured = {
-        (attack.id, result.epsilon): with_interval(result.robust_accuracy, result.interval)
-        for attack in report.attacks
-        for result in attack.results
-    }
-    corruptions, differential = report.corruptions, report.differential
+def _robust_rows(reports: Sequence[Report]) -> list[list[str]]:
+    measured: dict[tuple[str, str, str], dict[int, str]] = {}
+    for column, report in enumerate(reports):
+        for attack in report.attacks:
+            for result in attack.results:
+                row = measured.setdefault((attack.id, attack.norm, result.epsilon), {})
+                row[column] = with_interval(result.robust_accuracy, result.interval)
     return [
-        f"{report.target.model}@{report.target.version} ({report.target.precision})",
-        with_interval(report.clean.accuracy, report.clean.interval),
-        *(measured.get((name, epsilon), "–") for name, epsilon, _ in results),
-        with_interval(corruptions.mean_error, corruptions.interval) if corruptions else "–",
-        with_interval(differential.disagreement, differential.interval) if differential else "–",
-        report.verdict,
+        [f"robust accuracy, {name}, {norm} {epsilon}", *(row.get(column, _NONE) for column in range(len(reports)))]
+        for (name, norm, epsilon), row in measured.items()
     ]
+
+
+def _corruptions(report: Report) -> str:
+    found = report.corruptions
+    return _NONE if found is None else with_interval(found.mean_error, found.interval)
+
+
+def _disagreement(report: Report) -> str:
+    found = report.differential
+    if found is None:
+        return _NONE
+    return f"{with_interval(found.disagreement, found.interval)} with {found.reference.model}"

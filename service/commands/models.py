@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from service.commands.console import print_table
+from service.commands.console import console, print_table
 
 RepositoryOption = Annotated[Path, typer.Option("--repository", help="The model repository.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    models = typer.Typer(help="List and show the models of a repository.", no_args_is_help=True)
+    models = typer.Typer(help="List, show and verify the models of a repository.", no_args_is_help=True)
     models.command("list", epilog="Example: tenet models list --repository models")(list_models)
     models.command("show", epilog="Example: tenet models show digits --repository models")(show)
+    models.command("verify", epilog="Example: tenet models verify digits-rtx --repository models")(verify)
     app.add_typer(models, name="models")
 
 
@@ -47,3 +48,19 @@ def show(
     from export.repository import Repository
 
     typer.echo(manifest.verify(Repository(repository).parse(model).folder).model_dump_json(indent=2))
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="NAME or NAME@VERSION.")],
+    repository: RepositoryOption,
+    images: Annotated[Path | None, typer.Option(help="Folder of class folders for the comparison.")] = None,
+) -> None:
+    """Complete or repeat a version's proof of parity on this machine; it is served once the proof is there."""
+    from export import publish
+    from export.repository import Repository
+    from service.commands.export import describe
+
+    found = Repository(repository)
+    console.print(
+        describe(publish.verify(found.parse(model), repository=found, images=images)), markup=False, soft_wrap=True
+    )

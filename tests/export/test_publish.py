@@ -101,6 +101,21 @@ def test_a_plan_answers_as_its_source(own_models: Repository) -> None:
     assert version.manifest.parity.status == "passed"
 
 
+def test_a_proof_can_be_completed_later_and_its_failure_is_recorded(
+    own_models: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("digits", "digits-int8"):
+        version = own_models.find(name)
+        own_models.record_proof(version, version.manifest.parity.model_copy(update={"status": "not run"}))
+        assert not own_models.find(name).manifest.servable
+        assert publish.verify(own_models.find(name), repository=own_models).manifest == version.manifest
+        assert own_models.find(name).manifest.servable
+    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits(disagreement=0.0, logit_difference=1e-9))
+    with pytest.raises(ValueError, match="digits-int8@1: parity with digits@1 failed"):
+        publish.verify(own_models.find("digits-int8"), repository=own_models)
+    assert own_models.find("digits-int8").manifest.parity.status == "failed"
+
+
 def test_variants_of_variants_and_unknown_combinations_are_refused(own_models: Repository) -> None:
     with pytest.raises(ValueError, match="made from an ONNX fp32 model, this one is int8"):
         publish.publish_variant(
