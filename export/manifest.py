@@ -45,9 +45,10 @@ class Source(_Record):
 
 
 class Twin(_Record):
-    """The PyTorch checkpoint that has the same weights: where white-box attacks get their gradients."""
+    """The PyTorch checkpoint with the same weights, and its weights' file: where white-box attacks get gradients."""
 
     folder: str
+    file: str
     sha256: str
 
 

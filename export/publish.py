@@ -80,7 +80,7 @@ def publish_checkpoint(
             outputs=outputs,
             class_names=names,
             max_batch=max_batch,
-            twin=Twin(folder=_TWIN_FOLDER, sha256=trained.sha256),
+            twin=Twin(folder=_TWIN_FOLDER, file=checkpoint.WEIGHTS, sha256=trained.sha256),
             parity=_not_run("PyTorch checkpoint", "the comparison has not been made yet"),
             build=_build("torch", "onnx", "onnxscript"),
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export import atomic
 from export import manifest as manifests
 from export.manifest import Manifest, Parity, checked_name
 
@@ -112,18 +112,32 @@ class Repository:
         return self.find(model, int(version) if version else None)
 
     def twin_of(self, version: Version) -> Path | None:
-        """Return the checkpoint folder with this engine's weights, its own or a source's; None if there is none."""
+        """Return the checkpoint folder with this engine's weights, its own or a source's; None if there is none.
+
+        Raises:
+            FileNotFoundError: the source, or the checkpoint, has been removed.
+            ValueError: the checkpoint is not the one that was exported.
+        """
         while version.manifest.twin is None:
             source = version.manifest.source
             if source is None:
                 return None
             version = self.find(source.model, source.version)
-        return version.folder / version.manifest.twin.folder
+        folder, twin = version.folder / version.manifest.twin.folder, version.manifest.twin
+        weights = folder / twin.file
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}: expected {version}'s checkpoint here, found none; export it again")
+        if (actual := manifests.sha256_of(weights)) != twin.sha256:
+            raise ValueError(
+                f"{weights}: expected sha256 {twin.sha256[:12]}… as in {version}'s manifest, got {actual[:12]}…; "
+                "it is another checkpoint: export the model again"
+            )
+        return folder
 
     def record_proof(self, version: Version, proof: Parity) -> None:
         """Put a new proof into a published version's manifest, all of it or nothing."""
         manifest = version.manifest.model_copy(update={"parity": proof})
-        _atomic_write(version.folder / manifests.FILE_NAME, _as_json(manifest))
+        atomic.write(version.folder / manifests.FILE_NAME, _as_json(manifest))
 
     @contextmanager
     def draft(self, model: str) -> Iterator[Draft]:
@@ -135,11 +149,11 @@ class Repository:
         try:
             draft = Draft(temporary, model=model, version=version)
             yield draft
-            _atomic_write(folder / "config.pbtxt", triton_config(draft.manifest).encode())
+            atomic.write(folder / "config.pbtxt", triton_config(draft.manifest).encode())
             temporary.chmod(0o755)
-            _sync_tree(temporary)
+            atomic.flush_tree(temporary)
             temporary.rename(folder / str(version))
-            _sync(folder)
+            atomic.flush(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -152,7 +166,7 @@ class Repository:
             if state_path.is_file():
                 state = json.loads(state_path.read_text())
             state["last_version"] += 1
-            _atomic_write(state_path, json.dumps(state, indent=2).encode() + b"\n")
+            atomic.write(state_path, json.dumps(state, indent=2).encode() + b"\n")
             return int(state["last_version"])
 
 
@@ -178,27 +192,3 @@ def triton_config(manifest: Manifest) -> str:
 
 def _as_json(manifest: Manifest) -> bytes:
     return manifest.model_dump_json(indent=2).encode() + b"\n"
-
-
-def _atomic_write(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).chmod(0o644)
-    Path(name).replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)

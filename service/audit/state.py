@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from export import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 class State:
@@ -33,12 +34,7 @@ class State:
 
     def write_report(self, audit: str, content: str) -> None:
         """Store a report: all of it or nothing."""
-        handle, name = tempfile.mkstemp(prefix=f".{audit}-", dir=self.reports)
-        with os.fdopen(handle, "w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(self.reports / f"{audit}.json")
+        atomic.write(self.reports / f"{audit}.json", content.encode())
 
     def read_report(self, audit: str) -> str | None:
         """Return a report, None if there is none."""

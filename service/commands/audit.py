@@ -157,10 +157,11 @@ def show_reports(reports: list[Report]) -> None:
 
 def write_page(reports: list[Report], path: Path) -> None:
     """Write reports as one HTML page."""
+    from export import atomic
     from service.audit import page
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.render([finished.to_json() for finished in reports]))
+    atomic.write(path, page.render([finished.to_json() for finished in reports]).encode())
 
 
 def _run_here(plan: Plan, repository: Repository, *, device: str) -> Report:
@@ -184,8 +185,10 @@ def _relative(plan: Plan, path: Path) -> Path:
 
 
 def _write(content: str, json_file: Path | None, html_file: Path | None) -> None:
+    from export import atomic
+
     if json_file is not None:
-        json_file.write_text(content)
+        atomic.write(json_file, content.encode())
     if html_file is not None:
         from service.audit.report import Report
 

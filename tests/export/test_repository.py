@@ -97,3 +97,16 @@ def test_triton_can_serve_the_same_folder(tmp_path: Path) -> None:
     assert 'platform: "onnxruntime_onnx"' in config
     assert "max_batch_size: 4" in config
     assert 'name: "images", data_type: TYPE_FP32, dims: [3, 8, 8]' in config
+
+
+def test_a_checkpoint_that_was_exchanged_is_not_taken_for_the_twin(own_models: Repository) -> None:
+    version = own_models.find("digits-int8")
+    folder = own_models.twin_of(version)
+    assert folder is not None
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"expected sha256 .* as in digits@1's manifest, got .*another checkpoint"):
+        own_models.twin_of(version)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="expected digits@1's checkpoint here, found none"):
+        own_models.twin_of(version)
