@@ -1,4 +1,4 @@
-# The README's steps in images: `serve` (no torch), `worker` (audits), `gpu` (serving on NVIDIA GPUs, with TensorRT).
+# The README's steps in images: `serve` (no torch), `worker` (audits; its `serve --state` has the audit API, too), `gpu` (serving on NVIDIA GPUs, with TensorRT).
 #   docker build --target serve --tag tenet-serve .
 
 FROM python:3.11-slim AS wheel
@@ -21,7 +21,7 @@ ENTRYPOINT ["tenet"]
 CMD ["serve", "--repository", "/models", "--host", "0.0.0.0"]
 
 FROM base AS worker
-RUN pip install --no-cache-dir --constraint /wheels/constraints.txt "$(echo /wheels/tenet-*.whl)[audit]" \
+RUN pip install --no-cache-dir --constraint /wheels/constraints.txt "$(echo /wheels/tenet-*.whl)[audit,web]" \
     && install --directory --owner tenet /state
 USER 10001
 VOLUME /state
@@ -41,9 +41,10 @@ COPY --from=wheel /wheels/ /wheels/
 RUN /opt/tenet/bin/pip install --no-cache-dir --constraint /wheels/constraints.txt \
     "$(echo /wheels/tenet-*.whl)[tensorrt,tensorrt-rtx]"
 ENV PATH=/opt/tenet/bin:$PATH
+COPY configs/service-gpu.toml /etc/tenet/service.toml
 USER 10001
 EXPOSE 8001
 HEALTHCHECK --interval=10s --start-period=60s \
     CMD ["python", "-c", "from service.client import Client; raise SystemExit(not Client('127.0.0.1:8001').ready())"]
 ENTRYPOINT ["tenet"]
-CMD ["serve", "--repository", "/models", "--host", "0.0.0.0"]
+CMD ["serve", "--repository", "/models", "--host", "0.0.0.0", "--settings", "/etc/tenet/service.toml"]

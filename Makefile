@@ -9,7 +9,7 @@ EXTRAS := train,audit,web,tensorrt-rtx,dev
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard protos/*/*.proto protos/*/*/*.proto)
 	@echo "installing into .venv: 5 GB, a few minutes"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { echo "on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 FILE_NAME = "manifest.json"
 
 # What a name may look like, so that it is always one plain folder below the repository.
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME_PATTERN = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 # One mebibyte a read keeps memory flat for files of any size.
 _CHUNK_BYTES = 1 << 20
@@ -108,7 +108,7 @@ def checked_name(name: str) -> str:
     Raises:
         ValueError: it could leave the repository's folder or confuse a shell.
     """
-    if not NAME_PATTERN.fullmatch(name) or ".." in name:
+    if not NAME_PATTERN.fullmatch(name):
         raise ValueError(
             f"model name {name!r}: expected letters, digits, '.', '_' and '-' (at most 128, the first a letter or "
             "digit, no '..'); choose a plain name"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -54,7 +55,21 @@ def int8_from_onnx(source: Path, path: Path, *, images: Images, input_name: str)
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            nodes_to_exclude=_ends(prepared),
         )
+
+
+def _ends(path: Path) -> list[str]:
+    """Return the first convolution and the last matrix product: they stay in fp32.
+
+    The first sees the pixels, the last makes the logits, and neither costs much. On three digit classifiers, quantising
+    these two as well made top-1 differ from fp32 on 1.2, 9.3 and 2.2 % of 504 images; without them, on 0.0, 0.0 and
+    0.2 % (benchmarks/int8_ends.py).
+    """
+    nodes = onnx.load(path).graph.node
+    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+    products = [node.name for node in nodes if node.op_type in {"Gemm", "MatMul"}]
+    return [*convolutions[:1], *products[-1:]]
 
 
 class _ImageReader(CalibrationDataReader):  # type: ignore[misc]

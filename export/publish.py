@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from export import manifest as manifests
 from export import onnx_graph, parity, precision, tensorrt_plan
 from export.engines import open_engine
+from export.engines.base import CannotRunHere
 from export.manifest import Manifest, Parity, Source, Twin, sha256_of
 from training import checkpoint, data
 
@@ -62,7 +64,7 @@ def publish_checkpoint(
         ValueError: the checkpoint is damaged, cannot be exported, or failed parity; nothing is published.
     """
     trained = checkpoint.load(run)
-    proof = _images(run, images, split="test", count=PARITY_IMAGES)
+    proof = images_for(run, images, split="test", count=PARITY_IMAGES)
     with repository.draft(name) as draft:
         path = draft.folder / "model.onnx"
         shape, names = trained.input_shape, trained.class_names
@@ -113,7 +115,7 @@ def publish_variant(
         RuntimeError: the runtime is not installed here.
         ValueError: the combination does not exist, or parity failed; nothing is published.
     """
-    manifest = source.manifest
+    manifest = manifests.verify(source.folder)
     if manifest.file != "model.onnx" or manifest.precision != "fp32":
         raise ValueError(f"{source}: variants are made from an ONNX fp32 model, this one is {manifest.precision}")
     if (kind, runtime) not in _BUILDERS:
@@ -142,7 +144,7 @@ def publish_variant(
                 "build": build,
             }
         )
-        proof = _images(twin, images, split="test", count=PARITY_IMAGES)
+        proof = images_for(twin, images, split="test", count=PARITY_IMAGES)
         _prove(draft, described, _engine_answers(source, proof), proof, reference=str(source))
     return repository.find(name, draft.version)
 
@@ -160,7 +162,7 @@ def verify(version: Version, *, repository: Repository, images: Path | None = No
         ValueError: a file is damaged, there is nothing to compare with, or parity failed (which is recorded, too).
     """
     run = repository.twin_of(version)
-    proof = _images(run, images, split="test", count=PARITY_IMAGES)
+    proof = images_for(run, images, split="test", count=PARITY_IMAGES)
     source = version.manifest.source
     if source is not None:
         origin = repository.find(source.model, source.version)
@@ -187,7 +189,7 @@ class _Job:
 
 
 def _build_int8(job: _Job) -> dict[str, str]:
-    calibration = _images(job.twin, job.images, split="train", count=CALIBRATION_IMAGES)
+    calibration = images_for(job.twin, job.images, split="train", count=CALIBRATION_IMAGES)
     source = job.source.folder / job.source.manifest.file
     input_name = job.source.manifest.inputs[0].name
     precision.int8_from_onnx(source, job.path, images=calibration.images, input_name=input_name)
@@ -213,7 +215,7 @@ def _prove(draft: Draft, manifest: Manifest, expected: Logits, proof: ImageSet, 
     draft.describe(manifest)
     try:
         engine = open_engine(draft.folder)
-    except RuntimeError as error:
+    except CannotRunHere as error:
         draft.describe(manifest.model_copy(update={"parity": _not_run(reference, str(error))}))
         return
     result = _measure(engine, expected, proof, reference=reference)
@@ -248,13 +250,13 @@ def _not_run(reference: str, explanation: str) -> Parity:
     return Parity(status="not run", reference=reference, images="none", explanation=explanation)
 
 
-def _images(run: Path | None, folder: Path | None, *, split: str, count: int) -> ImageSet:
+def images_for(run: Path | None, folder: Path | None, *, split: str, count: int) -> ImageSet:
     """Return images for calibration or parity: the user's folder, or the data set that the run was trained on."""
     if folder is not None:
         return _subset(data.from_folder(folder), f"images of {folder.name}", count)
     if run is None:
         raise ValueError("this model has no training run to take images from; name a folder by --images")
-    source = checkpoint.load(run).recipe.data
+    source = checkpoint.record(run).recipe.data
     root = None if source.root is None else Path(source.root)
     return _subset(data.load(source.name, split=split, root=root), f"{source.name} {split} images", count)
 

@@ -26,6 +26,10 @@ _TRITON_PLATFORMS = {
 }
 
 
+# Hidden folders in which versions are written.
+_DRAFT = ".draft-"
+
+
 @dataclass(frozen=True)
 class Version:
     """One published version: its folder and its manifest."""
@@ -123,6 +127,11 @@ class Repository:
             if source is None:
                 return None
             version = self.find(source.model, source.version)
+            if version.manifest.sha256 != source.sha256:
+                raise ValueError(
+                    f"{version}: expected sha256 {source.sha256[:12]}…, from which the variant was made, got "
+                    f"{version.manifest.sha256[:12]}…; it is another model: make the variant again"
+                )
         folder, twin = version.folder / version.manifest.twin.folder, version.manifest.twin
         weights = folder / twin.file
         if not weights.is_file():
@@ -143,9 +152,7 @@ class Repository:
     def draft(self, model: str) -> Iterator[Draft]:
         """Publish a new version: all of it when the block ends well, nothing of it otherwise."""
         folder = self.folder / checked_name(model)
-        folder.mkdir(parents=True, exist_ok=True)
-        version = self._take_number(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f".draft-{version}-", dir=folder))
+        version, temporary = self._begin(folder)
         try:
             draft = Draft(temporary, model=model, version=version)
             yield draft
@@ -155,19 +162,34 @@ class Repository:
             temporary.rename(folder / str(version))
             atomic.flush(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._end(folder, temporary)
 
-    def _take_number(self, folder: Path) -> int:
-        """Give out the next version number; a number is never given twice, even if its draft fails."""
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def _begin(self, folder: Path) -> tuple[int, Path]:
+        """Give out the next version number and a folder to write it in; a published model's number is never reused."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            folder.mkdir(exist_ok=True)
             state_path = folder / "model.json"
             state: dict[str, Any] = {"aliases": {}, "last_version": 0}
             if state_path.is_file():
                 state = json.loads(state_path.read_text())
             state["last_version"] += 1
             atomic.write(state_path, json.dumps(state, indent=2).encode() + b"\n")
-            return int(state["last_version"])
+            version = int(state["last_version"])
+            return version, Path(tempfile.mkdtemp(prefix=f"{_DRAFT}{version}-", dir=folder))
+
+    def _end(self, folder: Path, temporary: Path) -> None:
+        """Remove what a failed draft has left, the model too if nothing of it was ever published."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        with self._lock():
+            if not self.versions(folder.name) and not any(folder.glob(f"{_DRAFT}*")):
+                shutil.rmtree(folder)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def triton_config(manifest: Manifest) -> str:

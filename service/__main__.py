@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -31,6 +32,7 @@ _EXTRAS = {
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 app = typer.Typer(
     name="tenet",
@@ -64,12 +66,14 @@ def _options(
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
+    # So that a command that is told to end cleans up behind itself, as it does after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
         # Typer turns Ctrl-C into this exit code, and says nothing.
         if ended.code == INTERRUPTED:
-            complain("interrupted; nothing is left half-written")
+            complain("interrupted")
         raise
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has gone: that is no error, and there is nobody left to tell.

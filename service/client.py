@@ -133,7 +133,7 @@ class Client:
         Raises:
             ValueError: the images are not of that form.
         """
-        if images.ndim != 4 or images.dtype != np.float32 or len(images) == 0:
+        if images.ndim != 4 or images.dtype != np.float32 or images.size == 0:
             raise ValueError(f"expected float32 images of shape (N, C, H, W), got {images.dtype} {images.shape}")
         described = self.metadata(model, version=version)
         name = _version(version) or described.properties.get("version", "")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ValidationError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic_core import ErrorDetails
 
 Value = TypeVar("Value", bound=BaseModel)
@@ -32,6 +34,14 @@ def decode(text: str, kind: type[Value], *, source: str) -> Value:
         return kind.model_validate(document)
     except ValidationError as error:
         raise ValueError("\n".join(f"{source}: {_line(detail)}" for detail in error.errors())) from None
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file; raises ValueError, naming it, if it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes; is it the right file?") from None
 
 
 def _line(detail: ErrorDetails) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.decoding import decode
+from service.decoding import decode, read_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,4 +81,4 @@ def read(path: Path) -> Settings:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a settings file here, found none")
-    return decode(path.read_text(encoding="utf-8"), Settings, source=str(path))
+    return decode(read_text(path), Settings, source=str(path))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
     from export.repository import Repository
 
+
+hypothesis.settings.register_profile("tenet", deadline=None)  # a slow example tells of a busy machine
+hypothesis.settings.load_profile("tenet")
 
 # Shapes in these modules' annotations are checked at each call. The hook must come before their first import, so it
 # stands here; models are left out because torch.fx traces them.

@@ -29,10 +29,10 @@ def tenet(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProce
 class Process:
     """A command that goes on, its output in a file."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, command: list[str]) -> None:
         self.log = log
         with log.open("w") as output:
-            self._process = subprocess.Popen([*TENET, *arguments], stdout=output, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     @property
     def pid(self) -> int:
@@ -67,9 +67,9 @@ class Process:
 
 
 @contextmanager
-def running(log: Path, *arguments: str) -> Iterator[Process]:
-    """Run a command while the block runs."""
-    process = Process(log, *arguments)
+def running(log: Path, *arguments: str, command: list[str] | None = None) -> Iterator[Process]:
+    """Run `tenet` with arguments, or another command, while the block runs."""
+    process = Process(log, command or [*TENET, *arguments])
     try:
         yield process
     finally:

@@ -13,14 +13,14 @@ INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as shells have 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command and return its exit status: 0 done, 2 failed, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
         for event in loop.train(
             recipe.read(options.recipe), out=options.out, device=options.device, resume=options.resume
         ):
-            _say(describe(event), to=sys.stdout)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+            _say(_line(event), to=sys.stdout)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, as of a device that is full
         for line in str(error).splitlines():
             _say(f"error: {line}", to=sys.stderr)
         return 2
@@ -32,19 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def describe(event: loop.Event) -> str:
-    """Return an event as one line of text."""
-    if isinstance(event, loop.TrainingEnded):
-        return (
-            f"test accuracy {event.test_accuracy:.2%} (best epoch {event.best_epoch}, "
-            f"{event.iterations} iterations, {event.tenet_steps} TENET steps, {event.seconds:.0f} s): "
-            f"{event.folder}"
-        )
-    tenet = "" if event.tenet_loss is None else f"  TENET loss {event.tenet_loss:.4f}"
-    return (
-        f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}{tenet}  correct {event.correct:.2%}  "
-        f"validation {event.validation_accuracy:.2%}  {event.seconds:.0f} s"
-    )
+def _line(event: loop.Event) -> str:
+    subject = event.folder if isinstance(event, loop.TrainingEnded) else f"epoch {event.epoch}/{event.epochs}"
+    return f"{subject}: {event}"
 
 
 def _parser() -> argparse.ArgumentParser:

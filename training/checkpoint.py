@@ -109,14 +109,14 @@ def load(folder: Path) -> Checkpoint:
         FileNotFoundError: there is no such folder, or a file is missing in it.
         ValueError: a file is damaged, or the two do not belong together.
     """
-    record = _record(folder / RUN)
+    saved = record(folder)
     weights = _bytes(folder / WEIGHTS)
     sha256 = hashlib.sha256(weights).hexdigest()
-    if sha256 != record.sha256:
-        msg = f"{folder / WEIGHTS}: expected sha256 {record.sha256} as in {RUN}, got {sha256}; it has changed"
+    if sha256 != saved.sha256:
+        msg = f"{folder / WEIGHTS}: expected sha256 {saved.sha256} as in {RUN}, got {sha256}; it has changed"
         raise ValueError(msg)
     with torch.device("meta"):  # no weights are drawn only to be replaced
-        model = models.build(record.recipe.model, classes=len(record.class_names))
+        model = models.build(saved.recipe.model, classes=len(saved.class_names))
     try:
         model.load_state_dict(safetensors.torch.load(weights), assign=True)
     except (safetensors.SafetensorError, RuntimeError) as error:
@@ -124,12 +124,40 @@ def load(folder: Path) -> Checkpoint:
         raise ValueError(msg) from error
     return Checkpoint(
         model=model.eval(),
-        recipe=record.recipe,
-        class_names=record.class_names,
-        input_shape=record.input_shape,
-        metrics=record.metrics,
+        recipe=saved.recipe,
+        class_names=saved.class_names,
+        input_shape=saved.input_shape,
+        metrics=saved.metrics,
         sha256=sha256,
     )
+
+
+def record(folder: Path) -> RunRecord:
+    """Read the record of a RUN folder; its weights are left alone.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no record in it.
+        ValueError: the record is damaged.
+    """
+    path = folder / RUN
+    try:
+        return RunRecord.model_validate_json(_bytes(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        msg = f"{path}: expected the record of a training run, got a damaged one: {where}: {first['msg']}"
+        raise ValueError(msg) from error
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise ValueError where a run could not be written when it ends."""
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        msg = f"{folder}: expected a place in a folder, got one under the file {parent}; name another folder"
+        raise ValueError(msg)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        msg = f"{folder}: expected a place that can be written to, got {parent} without permission; "
+        raise ValueError(msg + "name another folder")
 
 
 def refuse_existing(folder: Path) -> None:
@@ -147,7 +175,8 @@ def partial_path(folder: Path) -> Path:
 def save_partial(path: Path, *, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write the state of an unfinished run, in place of an earlier one; `record` is of plain JSON values."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    contents = safetensors.torch.save(plain, metadata={"record": json.dumps(record)})
+    text = json.dumps(record)
+    contents = safetensors.torch.save(plain, metadata={"record": text, "sha256": _seal(plain, text)})
     with _beside(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(temporary, contents)
@@ -160,28 +189,32 @@ def load_partial(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        ValueError: it is damaged; its tensors and its record are checked against their sha256.
     """
     if not path.is_file():
         msg = f"{path}: no such file; there is no interrupted run to go on with"
         raise FileNotFoundError(msg)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            record: dict[str, Any] = json.loads((file.metadata() or {})["record"])
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118  # not a mapping
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if _seal(tensors, metadata["record"]) != metadata["sha256"]:
+            raise ValueError("its contents have changed")
+        return tensors, json.loads(metadata["record"])
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        msg = f"{path}: expected the state of an interrupted run, got a damaged file; remove it and start again"
-        raise ValueError(msg) from error
+        raise damaged_partial(path) from error
 
 
-def _record(path: Path) -> RunRecord:
-    try:
-        return RunRecord.model_validate_json(_bytes(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        msg = f"{path}: expected the record of a training run, got a damaged one: {where}: {first['msg']}"
-        raise ValueError(msg) from error
+def damaged_partial(path: Path) -> ValueError:
+    """Return the error for an interrupted run that cannot be gone on with."""
+    return ValueError(
+        f"{path}: expected the state of an interrupted run, got a damaged file; remove {path} and start again"
+    )
+
+
+def _seal(tensors: dict[str, Tensor], record: str) -> str:
+    """Return a sha256 of both: that of a file with nothing else in it."""
+    return hashlib.sha256(safetensors.torch.save(tensors, metadata={"record": record})).hexdigest()
 
 
 def _bytes(path: Path) -> bytes:

@@ -5,6 +5,8 @@ name, split -> `load` -> LabelledImages (uint8, NHWC, in memory) -> `batches` ->
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "test")
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png"})
+FORMATS = ("PNG", "JPEG")  # what a file may hold, whatever its name says
+DEEP = ("I", "F")  # what Pillow's modes of more than 8 bits a channel begin with: I, I;16, I;16B, F
 DIGITS_SIZE = 32  # pixels; what small networks for natural images take
 DIGITS_TEST = 0.28  # share of the 1,797 digits: about 500 images, a 95 % interval of +- 1 % at 98.5 %
 DIGITS_SEED = 0  # of the split, which is part of the data set and not of a run
@@ -46,6 +50,13 @@ class LabelledImages:
     def subset(self, indices: Int64[np.ndarray, " k"]) -> LabelledImages:
         """Return the images at `indices`, in that order."""
         return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 of the class names, the shape, the images and the labels."""
+        digest = hashlib.sha256(json.dumps([self.class_names, self.images.shape]).encode())
+        digest.update(np.ascontiguousarray(self.images).reshape(-1).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
 
 
 def load(name: str, *, split: str, root: Path | None = None) -> LabelledImages:
@@ -72,7 +83,8 @@ def from_folder(folder: Path) -> LabelledImages:
 
     Raises:
         FileNotFoundError: there is no such folder, no class folder in it, or a class folder without images.
-        ValueError: a file is not an image, or the images differ in size.
+        PermissionError: a file may not be read.
+        ValueError: a file is not a PNG or JPEG image of 8 bits a channel, or the images differ in size.
     """
     if not folder.is_dir():
         msg = f"{folder}: no such folder; expected {folder.name}/CLASS/*.png|jpg in {folder.parent}"
@@ -186,11 +198,18 @@ def _image_paths(folder: Path) -> list[Path]:
 
 def _pixels(path: Path) -> UInt8[np.ndarray, "height width 3"]:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        msg = f"{path}: expected an image, got a file that cannot be decoded; remove or replace it"
+        with Image.open(path, formats=FORMATS) as image:
+            mode = image.mode
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
+    except PermissionError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        msg = f"{path}: expected a PNG or JPEG image, got a file that cannot be decoded; remove or replace it"
         raise ValueError(msg) from error
+    if mode.startswith(DEEP):  # Pillow would cut their values off at 255
+        msg = f"{path}: expected 8 bits per channel, got an image of mode {mode}; convert it"
+        raise ValueError(msg)
+    return pixels
 
 
 def _size(pixels: UInt8[np.ndarray, "height width 3"]) -> str:

@@ -33,7 +33,7 @@ def group_channels(
     Args:
         features: maps of any range; no gradient flows through the grouping.
         groups: number of groups G, 1 to C.
-        initial: channels that the centres start from; by default a random subset of each sample's.
+        initial: channels in 0..C-1 that the centres start from; by default a random subset of each sample's.
         generator: what that subset is drawn from; a CPU generator serves features on any device.
         max_rounds: the bound on rounds, at least 1.
 
@@ -44,13 +44,15 @@ def group_channels(
         ValueError: fewer channels than groups, or `groups`, `initial` or `max_rounds` out of range.
     """
     count, channels = features.shape[:2]
-    _check(channels, groups, max_rounds)
+    check_groups(groups, channels=channels)
+    if max_rounds < 1:
+        msg = f"max_rounds: expected at least 1, got {max_rounds}"
+        raise ValueError(msg)
+    if initial is not None:
+        _check_initial(initial, shape=(count, groups), channels=channels)
     maps = features.detach().flatten(2)
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     centres = _random_subset(count, channels, groups, generator=generator) if initial is None else initial
-    if centres.shape != (count, groups):
-        msg = f"initial: expected shape {(count, groups)}, got {tuple(centres.shape)}"
-        raise ValueError(msg)
     centres = centres.to(maps.device)
     for index in range(max_rounds):
         ids = _assign(maps, centres)
@@ -59,6 +61,13 @@ def group_channels(
             break
         centres = moved
     return _assign(maps, centres), centres
+
+
+def check_groups(groups: int, *, channels: int) -> None:
+    """Raise ValueError where a stage of so many channels cannot be grouped."""
+    if not 1 <= groups <= channels:
+        msg = f"groups: expected 1 to {channels}, the channels of the stage, got {groups}; lower it"
+        raise ValueError(msg)
 
 
 def _assign(maps: Float[Tensor, "b c n"], centres: Int64[Tensor, "b g"]) -> Int64[Tensor, "b c"]:
@@ -89,10 +98,10 @@ def _random_subset(
     return torch.rand(count, channels, generator=generator, device=device).topk(groups, dim=1).indices
 
 
-def _check(channels: int, groups: int, max_rounds: int) -> None:
-    if not 1 <= groups <= channels:
-        msg = f"groups: expected 1 to {channels}, the channels of the stage, got {groups}; lower it"
+def _check_initial(initial: Tensor, *, shape: tuple[int, int], channels: int) -> None:
+    if initial.shape != shape:
+        msg = f"initial: expected shape {shape}, got {tuple(initial.shape)}"
         raise ValueError(msg)
-    if max_rounds < 1:
-        msg = f"max_rounds: expected at least 1, got {max_rounds}"
+    if bool(((initial < 0) | (initial >= channels)).any()):  # waits for the device, which random centres need not
+        msg = f"initial: expected channels in 0..{channels - 1}, got {initial.min():d} to {initial.max():d}"
         raise ValueError(msg)

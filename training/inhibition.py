@@ -48,12 +48,13 @@ def reversed_map(
     Args:
         features: maps A of any range.
         gradients: dL_d/dA.
-        group_ids: groups of the channels, in 0..groups-1.
+        group_ids: groups of the channels, in 0..groups-1; not checked, as that would wait for the device.
         groups: number of groups G.
         variant: "published" or "paper".
 
     Returns:
-        One value in [0, 1] per feature, the same for all channels of a group; no gradient flows through it.
+        One value in [0, 1] per feature, the same for all channels of a group, in the features' precision but
+        computed in at least single; no gradient flows through it.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown variant.
@@ -62,7 +63,8 @@ def reversed_map(
     if gradients.shape != features.shape:
         msg = f"gradients: expected the features' shape {tuple(features.shape)}, got {tuple(gradients.shape)}"
         raise ValueError(msg)
-    features, weights = features.detach(), gradients.detach().mean((2, 3))
+    dtype, features = features.dtype, _at_least_single(features.detach())
+    weights = _at_least_single(gradients.detach()).mean((2, 3))
     members = _members(group_ids, groups=groups, like=features)
     importance = torch.einsum("bcg,bc->bg", members, weights)
     maps = torch.einsum("bcg,bc,bchw->bghw", members, weights, features)
@@ -76,7 +78,7 @@ def reversed_map(
         maps = maps / (maps.square().mean((2, 3), keepdim=True).sqrt() + EPSILON)
         unimportant = 1.0
     per_group = torch.sigmoid(-maps).masked_fill((importance <= 0)[:, :, None, None], unimportant)
-    return per_group.gather(1, group_ids[:, :, None, None].expand_as(features))
+    return per_group.gather(1, group_ids[:, :, None, None].expand_as(features)).to(dtype)
 
 
 def orthogonality(
@@ -88,12 +90,14 @@ def orthogonality(
     """Return how far the groups' mean maps are from orthogonal (section 3.2), 0 or more, differentiable.
 
     The mean over samples and pairs of groups of |<mean map_i, mean map_j>|, the inner product a sum over
-    space. Pairs with an empty group are not counted.
+    space, in at least single precision. Pairs with an empty group are not counted. As in `reversed_map`, ids
+    outside 0..groups-1 are not looked for.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
     _check(features, group_ids, groups=groups)
+    features = _at_least_single(features)
     members = _members(group_ids, groups=groups, like=features)
     sizes = members.sum(1)
     means = torch.einsum("bcg,bcn->bgn", members, features.flatten(2)) / sizes.clamp(min=1)[:, :, None]
@@ -198,13 +202,14 @@ class TenetStep:
         None where fewer than two are: then there is nothing to step on.
 
         Raises:
-            ValueError: the stage has fewer channels than there are groups.
+            ValueError: the stage does not put out maps, or fewer of them than there are groups.
         """
         correct = (logits.argmax(1) == labels).nonzero().squeeze(1)
         if len(correct) < FEWEST:
             return None
         images, labels = images[correct], labels[correct]
         features, analysed = self._features(images)
+        self._check_features(features)
         with evaluating(self.head):
             gradients = analysis_gradients(analysed, labels, head=self.head, variant=self.variant)
         ids, _ = grouping.group_channels(analysed, self.groups, generator=self.generator)
@@ -218,6 +223,26 @@ class TenetStep:
             lambda_tenet=self.lambda_tenet,
             lambda_orth=self.lambda_orth,
         )
+
+    def check(self, images: Float[Tensor, "batch 3 height width"]) -> None:
+        """Try the body on a few images, so that a stage that cannot be inhibited is noticed before training.
+
+        Raises:
+            ValueError: the stage does not put out maps, or fewer of them than there are groups.
+        """
+        with evaluating(self.body), torch.no_grad():
+            self._check_features(self.body(images))
+
+    def _check_features(self, features: object) -> None:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        if not isinstance(features, Tensor) or features.ndim != 4:
+            msg = f"stage: expected maps (batch, channels, height, width), got {shape}; name an earlier stage"
+            raise ValueError(msg)
+        if features.shape[2:].numel() == 1:
+            msg = "stage: expected maps (batch, channels, height, width) of more than one pixel, as inhibition is a "
+            msg += f"matter of place, got {shape}; name an earlier stage, or take larger images"
+            raise ValueError(msg)
+        grouping.check_groups(self.groups, channels=features.shape[1])
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features that are masked, and those that the mask is made from."""
@@ -239,6 +264,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own precision if that is higher: small gradients vanish in half."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _members(group_ids: Tensor, *, groups: int, like: Tensor) -> Float[Tensor, "batch channels groups"]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 0.3  # share of a one-cycle run in which the rate rises; PyTorch's OneCycleLR has the same
 FIRST_RATE = 0.04  # share of the peak that a one-cycle run starts from; PyTorch's 1 / div_factor
+PARTS = ("training", "validation", "test")
 EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies
 
 
@@ -51,6 +52,10 @@ class EpochEnded:
     tenet_steps: int
     seconds: float
 
+    def __str__(self) -> str:
+        tenet = "" if self.tenet_loss is None else f", TENET loss {self.tenet_loss:.3f}"
+        return f"loss {self.loss:.3f}{tenet}, validation accuracy {self.validation_accuracy:.2%}"
+
 
 @dataclass(frozen=True)
 class TrainingEnded:
@@ -65,6 +70,13 @@ class TrainingEnded:
     iterations: int
     sha256: str
 
+    def __str__(self) -> str:
+        return (
+            f"test accuracy {self.test_accuracy:.2%} (epoch {self.best_epoch}, validation "
+            f"{self.validation_accuracy:.2%}), {self.iterations} iterations, {self.tenet_steps} TENET steps, "
+            f"{self.seconds:.0f} s"
+        )
+
 
 Event = EpochEnded | TrainingEnded
 
@@ -76,11 +88,13 @@ def train(recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = Fals
     `out`, and a resumed run ends with the same weights as an uninterrupted one. A finished run removes it.
 
     Raises:
-        ValueError: data, stage, device or interrupted run do not fit the recipe, or the loss diverges.
+        ValueError: data, stage, device or interrupted run do not fit the recipe, `out` cannot be written, or the
+            loss diverges.
         FileNotFoundError: the data are not there, or there is nothing to resume.
         FileExistsError: `out` exists or, without `resume`, its RUN.partial.
     """
     checkpoint.refuse_existing(out)
+    checkpoint.refuse_unwritable(out)
     partial = checkpoint.partial_path(out)
     if partial.exists() and not resume:
         msg = f"{partial}: expected no interrupted run, got one; go on with it with --resume, or remove it"
@@ -101,20 +115,22 @@ def rate(share: float, *, schedule: Schedule) -> float:
 
 
 def _train(recipe: Recipe, *, out: Path, device: torch.device, resume: bool) -> Iterator[Event]:
-    training_set, validation_set = _training_sets(recipe)
+    training_set, validation_set, test_set = sets = _sets(recipe)
+    fingerprints = {part: images.fingerprint() for part, images in zip(PARTS, sets, strict=True)}
     images, labels = _on_device(training_set, device)
+    validation = _on_device(validation_set, device)
     partial = checkpoint.partial_path(out)
     run = runs.begin(recipe, classes=len(training_set.class_names), device=device)
-    tenet = _tenet_step(recipe, run, steps=data.steps(len(images), batch_size=recipe.training.batch_size))
+    tenet = _tenet_step(recipe, run, images)
     if resume:
-        runs.take_up(run, partial, recipe=recipe)
+        runs.take_up(run, partial, recipe=recipe, data=fingerprints)
     with _threads(recipe.training.threads):
         while run.progress.epoch < recipe.training.epochs:
             began = time.perf_counter()
             loss, tenet_loss, correct = _epoch(run, recipe, images, labels, tenet=tenet)
-            accuracy = _accuracy(run.model, validation_set, device=device)
+            accuracy = _accuracy(run.model, *validation)
             run.end_epoch(accuracy=accuracy, seconds=time.perf_counter() - began)
-            runs.preserve(run, partial, recipe=recipe)
+            runs.preserve(run, partial, recipe=recipe, data=fingerprints)
             yield EpochEnded(
                 epoch=run.progress.epoch,
                 epochs=recipe.training.epochs,
@@ -125,7 +141,7 @@ def _train(recipe: Recipe, *, out: Path, device: torch.device, resume: bool) -> 
                 tenet_steps=run.progress.tenet_steps,
                 seconds=run.progress.seconds,
             )
-        ended = _finish(run, recipe, out=out, device=device, class_names=training_set.class_names)
+        ended = _finish(run, recipe, test_set, out=out, device=device)
     partial.unlink(missing_ok=True)
     yield ended
 
@@ -181,34 +197,27 @@ def _finite_mean(losses: list[Tensor], *, run: Run) -> float:
     return mean
 
 
-def _accuracy(model: nn.Module, images: LabelledImages, *, device: torch.device) -> float:
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of images that the model, left in evaluation mode, classifies correctly."""
     model.eval()
-    pixels, labels = _on_device(images, device)
     with torch.inference_mode():
         right = [
             (model(data.unit_range(x)).argmax(1) == y).sum()
-            for x, y in zip(torch.split(pixels, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
+            for x, y in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
         ]
     return int(torch.stack(right).sum()) / len(images)
 
 
-def _finish(
-    run: Run, recipe: Recipe, *, out: Path, device: torch.device, class_names: tuple[str, ...]
-) -> TrainingEnded:
+def _finish(run: Run, recipe: Recipe, test_set: LabelledImages, *, out: Path, device: torch.device) -> TrainingEnded:
     """Test the best weights, for the first and only time, and save them."""
-    test_set = _load(recipe, split="test")
-    if test_set.class_names != class_names:
-        msg = f"test split: expected the training split's classes {class_names}, got {test_set.class_names}"
-        raise ValueError(msg)
     run.model.load_state_dict(run.best)
-    progress, accuracy = run.progress, _accuracy(run.model, test_set, device=device)
+    progress, accuracy = run.progress, _accuracy(run.model, *_on_device(test_set, device))
     sha256 = checkpoint.save(
         out,
         model=run.model,
         recipe=recipe,
-        class_names=class_names,
-        input_shape=(3, test_set.images.shape[1], test_set.images.shape[2]),
+        class_names=test_set.class_names,
+        input_shape=(3, *test_set.images.shape[1:3]),  # both are those of the training set
         metrics={
             "test_accuracy": accuracy,
             "test_images": len(test_set),
@@ -231,16 +240,17 @@ def _finish(
     )
 
 
-def _tenet_step(recipe: Recipe, run: Run, *, steps: int) -> TenetStep | None:
+def _tenet_step(recipe: Recipe, run: Run, images: Tensor) -> TenetStep | None:
     settings = recipe.tenet
     if settings is None:
         return None
-    iterations = steps * recipe.training.epochs
-    if not any(_due(recipe, index + 1) for index in range(iterations)):
+    iterations = recipe.training.epochs * data.steps(len(images), batch_size=recipe.training.batch_size)
+    last = iterations - iterations % settings.interval
+    if last < max(settings.start, 1):
         msg = f"tenet.start: expected a TENET step in the run's {iterations} iterations, got none from "
         msg += f"{settings.start} with interval {settings.interval}; lower them, or leave [tenet] out"
         raise ValueError(msg)
-    return TenetStep(
+    tenet = TenetStep(
         run.model,
         stage=settings.stage,
         groups=settings.groups,
@@ -250,15 +260,25 @@ def _tenet_step(recipe: Recipe, run: Run, *, steps: int) -> TenetStep | None:
         exact=settings.exact,
         generator=run.centres,
     )
+    tenet.check(data.unit_range(images[:2]))
+    return tenet
 
 
-def _training_sets(recipe: Recipe) -> tuple[LabelledImages, LabelledImages]:
-    whole = _load(recipe, split="train")
+def _sets(recipe: Recipe) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
+    """Return the images to train, to validate and to test with."""
+    whole, test = _load(recipe, split="train"), _load(recipe, split="test")
+    for what, expected, got in (
+        ("classes", whole.class_names, test.class_names),
+        ("height, width and channels", whole.images.shape[1:], test.images.shape[1:]),
+    ):
+        if got != expected:
+            msg = f"data.root: expected the {what} of the training split, {expected}, in the test split, got {got}; "
+            raise ValueError(msg + f"make them alike in {recipe.data.root}")
     kept, held = data.stratified(whole.labels, fraction=recipe.data.validation, seed=recipe.training.seed)
     if len(held) == 0:
         msg = f"data: expected a class with an image to validate with, got {len(whole)} images, one per class"
         raise ValueError(msg)
-    return whole.subset(kept), whole.subset(held)
+    return whole.subset(kept), whole.subset(held), test
 
 
 def _load(recipe: Recipe, *, split: str) -> LabelledImages:
@@ -272,11 +292,14 @@ def _on_device(images: LabelledImages, device: torch.device) -> tuple[Tensor, Te
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:  # of an unknown name, and of CUDA where there is none
         reason = str(error).split("\n", maxsplit=1)[0]
         msg = f"device: expected one that this machine has, got {name!r}: {reason}"
         raise ValueError(msg) from error
+    return device
 
 
 @contextlib.contextmanager

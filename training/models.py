@@ -96,23 +96,24 @@ MODELS = {"resnet": ResNet}
 
 
 class _StageTracer(fx.Tracer):
-    """Keeps one named stage whole, so that its output is a single node of the graph."""
+    """Goes into the modules that contain one named stage, and keeps that stage and all others whole."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
         self.stage = stage
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # torch.fx's signature
         """Say whether a module is one node."""
-        return module_qualified_name == self.stage or super().is_leaf_module(m, module_qualified_name)
+        return not self.stage.startswith(module_qualified_name + ".")
 
 
 def cut(model: nn.Module, *, stage: str) -> tuple[nn.Module, nn.Module]:
     """Cut a classifier into its body, up to and including `stage`, and its head, the rest.
 
     Both share the model's parameters and buffers, and head(body(x)) is what model(x) is. `stage` is the path
-    of a submodule, "layer3" or "features.7". The model must be traceable by torch.fx: its modules go on
-    following train() and eval(), but a functional dropout keeps the mode that the model is in now.
+    of a submodule, "layer3" or "features.7". torch.fx must be able to trace the model's own forward, and those
+    of the modules that contain the stage: what these do by themselves, as a functional dropout, keeps the mode
+    that they are in now. All other modules stay whole, and go on following train() and eval().
 
     Raises:
         ValueError: there is no such stage, or the model cannot be traced or cut there.

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 BARE = re.compile(r"[A-Za-z0-9_-]+")  # keys that TOML takes without quotes
-MAX_DEPTH = 110  # layers; the deepest network of the ResNet paper's CIFAR family (He et al. 2016, table 6)
+MAX_DEPTH = 110  # layers; the best of the ResNet paper's CIFAR family, 1202 do worse (He et al. 2016, table 6)
+SEEDS = 2**62  # a run draws from the streams 2 * seed and 2 * seed + 1, which fit into 63 bits
+MAX_PADDING = 64  # pixels; twice the size of the images that crops are usual for
+MAX_RATE = 1e6  # far beyond any rate that trains
+MAX_THREADS = 1024  # far beyond the cores of a machine; PyTorch starts as many as it is asked for
 
 DataName = Literal["digits", "folder"]
 ModelName = Literal["resnet"]
@@ -84,14 +88,14 @@ class Training(Section):
 
     epochs: Count
     batch_size: Annotated[int, Field(ge=2)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0, le=MAX_RATE)] = 0.1
     weight_decay: Weight = 5e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     schedule: Schedule = "one-cycle"
-    seed: Natural = 0
-    crop_padding: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
+    crop_padding: Annotated[int, Field(ge=0, le=MAX_PADDING)] = 0
     flip: bool = False
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
 
 
 class Tenet(Section):

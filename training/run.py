@@ -6,13 +6,14 @@ Everything goes into one file (`checkpoint.save_partial`): tensors by name, the 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from training import checkpoint, models
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -74,8 +75,8 @@ def begin(recipe: Recipe, *, classes: int, device: torch.device) -> Run:
     return Run(model=model, optimizer=optimizer, shuffling=shuffling, centres=centres)
 
 
-def preserve(run: Run, path: Path, *, recipe: Recipe) -> None:
-    """Save a run between two epochs."""
+def preserve(run: Run, path: Path, *, recipe: Recipe, data: Mapping[str, str]) -> None:
+    """Save a run between two epochs; `data` are the fingerprints of its data, by part."""
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in run.best.items()}
     for name, parameter in run.model.named_parameters():
@@ -84,23 +85,34 @@ def preserve(run: Run, path: Path, *, recipe: Recipe) -> None:
             tensors[f"momentum.{name}"] = momentum
     tensors["generator.shuffling"] = run.shuffling.get_state()
     tensors["generator.centres"] = run.centres.get_state()
-    record = {"recipe": recipe.model_dump(mode="json"), "progress": asdict(run.progress)}
+    record = {"recipe": recipe.model_dump(mode="json"), "data": dict(data), "progress": asdict(run.progress)}
     checkpoint.save_partial(path, tensors=tensors, record=record)
 
 
-def take_up(run: Run, path: Path, *, recipe: Recipe) -> None:
+def take_up(run: Run, path: Path, *, recipe: Recipe, data: Mapping[str, str]) -> None:
     """Bring a run that has just begun to where a preserved one was.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of another recipe.
+        ValueError: it is damaged, or of another recipe or other data.
     """
     tensors, record = checkpoint.load_partial(path)
-    expected = recipe.model_dump(mode="json")
-    changed = [section for section in expected if record["recipe"].get(section) != expected[section]]
+    try:
+        _refuse_change("recipe", path, before=record["recipe"], now=recipe.model_dump(mode="json"))
+        _refuse_change("data", path, before=record["data"], now=data)
+        _restore(run, tensors, record)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # contents that this version did not write
+        raise checkpoint.damaged_partial(path) from error
+
+
+def _refuse_change(what: str, path: Path, *, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [part for part in now if before.get(part) != now[part]]
     if changed:
-        msg = f"{path}: expected the recipe that the run began with, got another in {', '.join(changed)}"
-        raise ValueError(msg)
+        msg = f"{path}: expected the {what} that the run began with, got a change in {', '.join(changed)}; "
+        raise ValueError(msg + f"restore the {what}, or remove {path} and start again")
+
+
+def _restore(run: Run, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> None:
     run.model.load_state_dict(_part(tensors, "model"))
     run.best = _part(tensors, "best")
     momentum = _part(tensors, "momentum")

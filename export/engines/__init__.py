@@ -22,7 +22,8 @@ def open_engine(version_folder: Path, *, device: str = "cpu", threads: int = 1) 
     Raises:
         FileNotFoundError: manifest or engine file is missing.
         ValueError: the sha256 differs from the manifest, or the runtime cannot take the file.
-        RuntimeError: the runtime asked for cannot run here (no GPU, library not installed).
+        CannotRunHere: this machine lacks what the runtime asked for needs: a GPU, a library.
+        RuntimeError: another runtime would have run it, or the runtime failed.
     """
     manifest = manifests.verify(version_folder)
     engine: Engine

@@ -18,6 +18,10 @@ Images = Float32[np.ndarray, "batch channels height width"]
 Logits = Float32[np.ndarray, "batch classes"]
 
 
+class CannotRunHere(RuntimeError):  # noqa: N818 - it is no error of the engine
+    """This machine lacks what the engine needs, a GPU or a library; the engine itself may be sound."""
+
+
 class Engine(ABC):
     """An open engine: call it with images, close it (or use it in a `with` block) when done."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnxruntime
 
-from export.engines.base import Engine, Images, Logits
+from export.engines.base import CannotRunHere, Engine, Images, Logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +50,7 @@ def _provider(device: str) -> str:
         raise ValueError(f"device {device!r}: expected one of {', '.join(_PROVIDERS)}")
     provider = _PROVIDERS[device]
     if provider not in onnxruntime.get_available_providers():
-        raise RuntimeError(f"device {device!r}: this build of ONNX Runtime has no {provider}; choose 'cpu'")
+        raise CannotRunHere(f"device {device!r}: this build of ONNX Runtime has no {provider}; choose 'cpu'")
     return provider
 
 

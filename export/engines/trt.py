@@ -6,12 +6,13 @@ plan --deserialise--> engine --context, stream--> copy in, enqueue, copy out
 from __future__ import annotations
 
 import importlib
+from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.engines.base import Engine, Images, Logits
+from export.engines.base import CannotRunHere, Engine, Images, Logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ def import_runtime(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         extra = name.replace("_", "-")
-        raise RuntimeError(
+        raise CannotRunHere(
             f"runtime {name!r} is not installed here; install it with `pip install tenet[{extra}]`"
         ) from error
 
@@ -67,49 +68,51 @@ class TrtEngine(Engine):
                 f"{folder / manifest.file}: expected a plan for {manifest.runtime} {trt.__version__}, got one of "
                 f"{manifest.build.get('runtime_version', 'an unknown version')}: {reason}; build it again here"
             )
-        self._context = self._engine.create_execution_context()
-        self._stream = self._cuda.call("cudaStreamCreate")
-        output_shape = (manifest.max_batch, *manifest.outputs[0].shape[1:])
-        self._output = np.empty(output_shape, dtype=np.float32)
-        self._device_input = self._cuda.call("cudaMalloc", 4 * manifest.max_batch * int(np.prod(manifest.image_shape)))
-        self._device_output = self._cuda.call("cudaMalloc", self._output.nbytes)
-        self._context.set_tensor_address(manifest.inputs[0].name, int(self._device_input))
-        self._context.set_tensor_address(manifest.outputs[0].name, int(self._device_output))
+        self._context = _made(self._engine.create_execution_context(), "an execution context", logger)
+        self._input, self._output = manifest.inputs[0].name, manifest.outputs[0].name
+        self._answers = np.empty((manifest.max_batch, *manifest.outputs[0].shape[1:]), dtype=np.float32)
+        image_bytes = np.dtype(np.float32).itemsize * int(np.prod(manifest.image_shape))
+        with ExitStack() as made:
+            self._stream = self._cuda.call("cudaStreamCreate")
+            made.callback(self._cuda.call, "cudaStreamDestroy", self._stream)
+            self._device_images = self._allocate(made, manifest.max_batch * image_bytes)
+            self._device_answers = self._allocate(made, self._answers.nbytes)
+            _made(self._context.set_tensor_address(self._input, int(self._device_images)), self._input, logger)
+            _made(self._context.set_tensor_address(self._output, int(self._device_answers)), self._output, logger)
+            self._made = made.pop_all()
+
+    def _allocate(self, made: ExitStack, size: int) -> Any:
+        pointer = self._cuda.call("cudaMalloc", size)
+        made.callback(self._cuda.call, "cudaFree", pointer)
+        return pointer
 
     def _run(self, images: Images) -> Logits:
         images = np.ascontiguousarray(images)
         kinds = self._cuda.api.cudaMemcpyKind
         with self._lock:
-            output = self._output[: len(images)]
-            self._context.set_input_shape(self.manifest.inputs[0].name, images.shape)
-            copy_in = (
-                self._device_input,
-                images.ctypes.data,
-                images.nbytes,
-                kinds.cudaMemcpyHostToDevice,
-                self._stream,
-            )
-            self._cuda.call("cudaMemcpyAsync", *copy_in)
-            if not self._context.execute_async_v3(int(self._stream)):
+            answers = self._answers[: len(images)]
+            taken = self._context.set_input_shape(self._input, images.shape)
+            to_device = self._device_images, images.ctypes.data, images.nbytes, kinds.cudaMemcpyHostToDevice
+            self._cuda.call("cudaMemcpyAsync", *to_device, self._stream)
+            if not taken or not self._context.execute_async_v3(int(self._stream)):
                 raise RuntimeError(f"{self.manifest.model}: TensorRT could not enqueue a batch of {len(images)}")
-            copy_out = (
-                output.ctypes.data,
-                self._device_output,
-                output.nbytes,
-                kinds.cudaMemcpyDeviceToHost,
-                self._stream,
-            )
-            self._cuda.call("cudaMemcpyAsync", *copy_out)
+            to_host = answers.ctypes.data, self._device_answers, answers.nbytes, kinds.cudaMemcpyDeviceToHost
+            self._cuda.call("cudaMemcpyAsync", *to_host, self._stream)
             self._cuda.call("cudaStreamSynchronize", self._stream)
-            return output.copy()
+            return answers.copy()
 
     def close(self) -> None:
-        """Free the device's buffers, then the engine."""
+        """Free the device's buffers, then the engine; a second call does nothing."""
         with self._lock:
-            self._cuda.call("cudaFree", self._device_input)
-            self._cuda.call("cudaFree", self._device_output)
-            self._cuda.call("cudaStreamDestroy", self._stream)
-            del self._context, self._engine, self._runtime
+            self._made.close()
+            self._context = self._engine = None
+
+
+def _made(result: Any, what: str, logger: Any) -> Any:
+    """Return what TensorRT made; its API returns None or False where it should raise."""
+    if not result:
+        raise RuntimeError(f"TensorRT could not set up {what}: {'; '.join(logger.errors) or 'no reason given'}")
+    return result
 
 
 class _Cuda:
@@ -119,10 +122,10 @@ class _Cuda:
         try:
             self.api = importlib.import_module("cuda.bindings.runtime")
         except ImportError as error:
-            raise RuntimeError("TensorRT engines need NVIDIA's CUDA bindings; `pip install cuda-bindings`") from error
+            raise CannotRunHere("TensorRT engines need NVIDIA's CUDA bindings; `pip install cuda-bindings`") from error
         error_code, count = self.api.cudaGetDeviceCount()
         if int(error_code) != 0 or count == 0:
-            raise RuntimeError(
+            raise CannotRunHere(
                 f"TensorRT engines need an NVIDIA GPU, and CUDA finds none on this machine ({error_code.name}); "
                 "run this on a machine with one, or use the ONNX engine"
             )

@@ -146,13 +146,20 @@ def _differential(
     reference: Version, clean: ShardResult, corrupted: Sequence[ShardResult], *, seed: int
 ) -> DifferentialReport:
     share = _proportion(~_bits(clean.agree))
+    ours, theirs = _bits(clean.correct), _bits(clean.reference_correct)
     extra: dict[str, Any] = {}
     if corrupted:
         differences = np.stack([~_bits(result.agree) for result in corrupted], axis=1)
         extra["corrupted_disagreement"] = float(differences.mean())
         extra["corrupted_interval"] = statistics.bootstrap_mean(differences, seed=seed)
     return DifferentialReport(
-        reference=_engine(reference), disagreement=share.accuracy, interval=share.interval, n=share.n, **extra
+        reference=_engine(reference),
+        reference_accuracy=float(theirs.mean()),
+        p_value=statistics.mcnemar(int((ours & ~theirs).sum()), int((theirs & ~ours).sum())),
+        disagreement=share.accuracy,
+        interval=share.interval,
+        n=share.n,
+        **extra,
     )
 
 

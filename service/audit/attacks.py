@@ -63,7 +63,9 @@ class Outcome:
     queries: int
 
 
-def run(attack: Attack, *, model: AttackModel, images: Images, labels: np.ndarray[Any, Any], seed: int) -> Outcome:
+def run(
+    attack: Attack, *, model: AttackModel, images: Images, labels: np.ndarray[Any, Any], pool: Images, seed: int
+) -> Outcome:
     """Attack a batch; images that the engine gets wrong to begin with are not attacked.
 
     Args:
@@ -71,6 +73,7 @@ def run(attack: Attack, *, model: AttackModel, images: Images, labels: np.ndarra
         model: the engine, with a twin if the attack is white-box.
         images: (N, C, H, W) float32 in [0, 1].
         labels: (N,) the true classes.
+        pool: (M, C, H, W) other images, among which a decision-based attack finds where to start from.
         seed: of every random choice of the attack.
 
     Raises:
@@ -85,15 +88,15 @@ def run(attack: Attack, *, model: AttackModel, images: Images, labels: np.ndarra
     predictions = model.target.predict(images)
     correct = predictions == labels
     robust = {epsilon: correct.copy() for epsilon in attack.epsilons}
-    active = np.flatnonzero(correct)
+    active, options = np.flatnonzero(correct), {}
+    if isinstance(attack, DecisionAttack) and len(active):
+        start, found = _starting_points(model, images[active], predictions[active], pool)
+        # An image is robust where the engine puts the whole pool into its class: the attack has nowhere to start from.
+        active, options = active[found], {"starting_points": start}
     if len(active):
         subject = _Subject(torch.from_numpy(images[active]), torch.from_numpy(labels[active]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            options = {}
-            if isinstance(attack, DecisionAttack):
-                far = _nearest_of_another_class(images, predictions, active)
-                options["starting_points"] = _onto_the_boundary(model, subject, far)
             candidates = _candidates(attack, model, subject, options)
         for epsilon, candidate in candidates.items():
             robust[epsilon][active] = ~_fooled(attack, model, subject, candidate, epsilon)
@@ -146,28 +149,22 @@ def _fooled(
     return legal.numpy() & wrong  # type: ignore[no-any-return]
 
 
-def _nearest_of_another_class(
-    images: Images, predictions: np.ndarray[Any, Any], active: np.ndarray[Any, Any]
-) -> Tensor:
-    """Return for each attacked image the nearest image that the engine puts into another class."""
-    flat = torch.from_numpy(images).flatten(1)
-    distances = torch.cdist(flat[active], flat)
-    distances[torch.from_numpy(predictions[active, None] == predictions[None, :])] = torch.inf
+def _starting_points(
+    model: AttackModel, images: Images, classes: np.ndarray[Any, Any], pool: Images
+) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    """Return images next to the decision boundary, on the way to the nearest of the pool in another class.
+
+    Returns:
+        An adversarial start for each image that has one, and (N,) bool: which these are.
+    """
+    ours, others = torch.from_numpy(images), torch.from_numpy(pool)
+    distances = torch.cdist(ours.flatten(1), others.flatten(1))
+    distances[torch.from_numpy(classes[:, None] == model.target.predict(pool)[None, :])] = torch.inf
     closest, chosen = distances.min(dim=1)
-    if not bool(closest.isfinite().all()):
-        raise ValueError(
-            "a decision-based attack starts from images of another class, and the engine puts all of these "
-            "into one; audit more samples"
-        )
-    return torch.from_numpy(images)[chosen]
-
-
-def _onto_the_boundary(model: AttackModel, subject: _Subject, far: Tensor) -> Tensor:
-    """Return the adversarial image next to the decision boundary on the line from each image to a far one."""
-    near = subject.images
-    for _ in range(_BISECTIONS):
+    found = closest.isfinite()
+    near, far = ours[found], others[chosen[found]]
+    for _ in range(_BISECTIONS if len(far) else 0):
         middle = (near + far) / 2
-        fooled = torch.from_numpy(model.target.predict(middle.numpy())) != subject.labels
-        mask = fooled[:, None, None, None]
-        near, far = torch.where(mask, near, middle), torch.where(mask, middle, far)
-    return far
+        fooled = torch.from_numpy(model.target.predict(middle.numpy()) != classes[found.numpy()])[:, None, None, None]
+        near, far = torch.where(fooled, near, middle), torch.where(fooled, middle, far)
+    return far, found.numpy()

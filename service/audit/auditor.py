@@ -63,6 +63,7 @@ class ShardResult(BaseModel):
     Attributes:
         correct: the engine classifies the image (clean or corrupted) correctly.
         agree: its top-1 class is the reference engine's; empty without one.
+        reference_correct: the reference engine classifies the image correctly; empty without one.
         robust: epsilon -> correct and not fooled within it.
         queries: images that the engine was asked about.
         seconds: wall time.
@@ -76,6 +77,7 @@ class ShardResult(BaseModel):
     shard: Shard
     correct: str
     agree: str = ""
+    reference_correct: str = ""
     robust: dict[str, str] = {}
     queries: int
     seconds: float
@@ -189,7 +191,8 @@ class Auditor:
         seed = corruptions.image_seed(
             seed=self.plan.data.seed, index=int(self.samples.indices[shard.start]), name=attack.id, severity=0
         )
-        outcome = attacks.run(attack, model=self._model, images=images, labels=labels, seed=seed)
+        pool = samples.as_input(self.samples.images)
+        outcome = attacks.run(attack, model=self._model, images=images, labels=labels, pool=pool, seed=seed)
         found: dict[str, Any] = {
             "correct": _flags(outcome.correct),
             "robust": {epsilon: _flags(robust) for epsilon, robust in outcome.robust.items()},
@@ -203,7 +206,9 @@ class Auditor:
     def _compared(self, predictions: np.ndarray[Any, Any], images: Images) -> dict[str, Any]:
         found = {"correct": _flags(predictions == self.samples.labels)}
         if self._reference is not None:
-            found["agree"] = _flags(predictions == self._reference.predict(images))
+            others = self._reference.predict(images)
+            found["agree"] = _flags(predictions == others)
+            found["reference_correct"] = _flags(others == self.samples.labels)
         return found
 
     def _check_shape(self) -> None:

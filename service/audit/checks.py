@@ -5,7 +5,7 @@ Each check is a function of the shards' results; what it raises is a warning wit
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 from service.audit.report import Doubt
@@ -22,12 +22,18 @@ _ZERO_GRADIENT_SHARE = 0.1
 
 def check(results: Sequence[ShardResult], attacks: Sequence[AttackReport]) -> list[Doubt]:
     """Run all checks."""
-    return [*_zero_gradients(results), *_not_monotone(attacks), *_unstable(results), *_batch_dependent(results)]
+    return [
+        *_zero_gradients(results),
+        *_not_monotone(attacks),
+        *_weaker_wins(attacks),
+        *_unstable(results),
+        *_batch_dependent(results),
+    ]
 
 
 def _zero_gradients(results: Sequence[ShardResult]) -> list[Doubt]:
     """Raised if: the loss has a gradient of exactly zero at 10 % or more of the images of a white-box attack."""
-    warnings = []
+    doubts = []
     for attack in dict.fromkeys(result.shard.subject for result in results if result.shard.kind == "attack"):
         own = [result for result in results if result.shard.kind == "attack" and result.shard.subject == attack]
         zero, n = sum(result.zero_gradients for result in own), sum(len(result.correct) for result in own)
@@ -37,13 +43,13 @@ def _zero_gradients(results: Sequence[ShardResult]) -> list[Doubt]:
                 "so its robust accuracy is no bound. Look for rounding or saturation in front of the model, and "
                 "attack with a decision-based method as well"
             )
-            warnings.append(Doubt(code="zero_gradients", explanation=explanation))
-    return warnings
+            doubts.append(Doubt(code="zero_gradients", explanation=explanation))
+    return doubts
 
 
 def _not_monotone(attacks: Sequence[AttackReport]) -> list[Doubt]:
     """Raised if: an attack finds more adversarial images within a smaller epsilon than within a larger one."""
-    warnings = []
+    doubts = []
     for attack in attacks:
         ordered = sorted(attack.results, key=lambda result: result.size)
         for smaller, larger in pairwise(ordered):
@@ -53,8 +59,35 @@ def _not_monotone(attacks: Sequence[AttackReport]) -> list[Doubt]:
                     f"{attack.id}: robust accuracy rises from {smaller.robust_accuracy:.3f} at {smaller.epsilon} to "
                     f"{larger.robust_accuracy:.3f} at {larger.epsilon}: it does not converge; give it more steps"
                 )
-                warnings.append(Doubt(code="not_monotone", explanation=explanation))
-    return warnings
+                doubts.append(Doubt(code="not_monotone", explanation=explanation))
+    return doubts
+
+
+def _weaker_wins(attacks: Sequence[AttackReport]) -> list[Doubt]:
+    """Raised if: at one epsilon of one norm, a weaker attack finds significantly more than an iterative white-box one.
+
+    Weaker is one gradient step (`single_step_wins`), or no gradient at all (`gradient_free_wins`).
+    """
+    doubts = []
+    for iterative, other in product(attacks, attacks):
+        if not _is_iterative(iterative) or _is_iterative(other) or other.norm != iterative.norm:
+            continue
+        code = "single_step_wins" if other.access == "white-box" else "gradient_free_wins"
+        limits = {result.size: result for result in iterative.results}
+        for result in other.results:
+            beaten = limits.get(result.size)
+            if beaten is not None and result.robust_accuracy < beaten.interval[0]:
+                explanation = (
+                    f"{other.id} leaves {result.robust_accuracy:.3f} robust at {result.epsilon}, {iterative.id} "
+                    f"{beaten.robust_accuracy:.3f}: the gradients that {iterative.id} follows are masked or of another "
+                    "model; its robust accuracy is no bound"
+                )
+                doubts.append(Doubt(code=code, explanation=explanation))
+    return doubts
+
+
+def _is_iterative(attack: AttackReport) -> bool:
+    return attack.access == "white-box" and attack.name != "FGSM"
 
 
 def _unstable(results: Sequence[ShardResult]) -> list[Doubt]:

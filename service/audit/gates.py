@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 _FORM = 'expected SUBJECT OP NUMBER, as in \'robust_accuracy["pgd", "8/255"] >= 0.40\''
 _PLAIN_SUBJECTS = ("accuracy", "mean_error", "disagreement", "worst_case")
 _OPERATORS = {ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<"}
+_COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 class Measured(NamedTuple):
@@ -49,12 +51,11 @@ class Gate:
 
     def judge(self, measured: Measured) -> Outcome:
         """Pass (or fail) only when the whole interval lies on one side of the limit."""
-        at_least = self.operator in {">=", ">"}
-        if measured.low >= self.limit if at_least else measured.high <= self.limit:
+        holds = _COMPARISONS[self.operator]
+        worst, best = (measured.low, measured.high) if self.operator in {">=", ">"} else (measured.high, measured.low)
+        if holds(worst, self.limit):
             return "pass"
-        if measured.high < self.limit if at_least else measured.low > self.limit:
-            return "fail"
-        return "inconclusive"
+        return "inconclusive" if holds(best, self.limit) else "fail"
 
     def check_subject(
         self, name: str, attacks: AbstractSet[tuple[str, str]], *, corruptions: bool, reference: bool
@@ -92,11 +93,11 @@ def parse(text: object) -> Gate:
     except SyntaxError:
         raise ValueError(f"{_FORM}, got {text!r}") from None
     match tree:
-        case ast.Compare(left=left, ops=[operator], comparators=[ast.Constant(value=int() | float() as limit)]) if (
-            type(operator) in _OPERATORS
+        case ast.Compare(left=left, ops=[comparison], comparators=[ast.Constant(value=int() | float() as limit)]) if (
+            type(comparison) in _OPERATORS
         ):
             subject, key = _subject(left, text)
-            return Gate(text, subject, key, _OPERATORS[type(operator)], float(limit))
+            return Gate(text, subject, key, _OPERATORS[type(comparison)], float(limit))
     raise ValueError(f"{_FORM}, got {text!r}")
 
 

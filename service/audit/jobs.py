@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
 
-from service import version
 from service.audit import assembly, provenance
 from service.audit.auditor import Auditor, Shard, ShardResult, pin_threads
-from service.audit.journal import APPLICATION, PROGRESS, QUEUE, WORKFLOW
+from service.audit.journal import APPLICATION, FORMAT, PROGRESS, QUEUE, WORKFLOW
 from service.audit.plan import Plan
 
 if TYPE_CHECKING:
@@ -39,10 +38,11 @@ class Worker:
     _auditor: tuple[str, Auditor] | None = None
 
     def auditor(self, plan: str) -> Auditor:
-        """Return the open auditor of a plan, closing that of another."""
-        if self._auditor is None or self._auditor[0] != plan:
+        """Return the open auditor of the running audit, closing that of another."""
+        assert DBOS.workflow_id is not None
+        if self._auditor is None or self._auditor[0] != DBOS.workflow_id:
             self.close()
-            self._auditor = plan, Auditor(Plan.model_validate_json(plan), repository=self.repository)
+            self._auditor = DBOS.workflow_id, Auditor(Plan.model_validate_json(plan), repository=self.repository)
         return self._auditor[1]
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ def start(repository: Repository, state: State) -> None:
     config: DBOSConfig = {
         "name": APPLICATION,
         "system_database_url": state.database_url,
-        "application_version": version.VERSION,
+        "application_version": FORMAT,
         # One worker a state folder, so a restarted worker is the one that died.
         "executor_id": "worker",
         "serializer": DBOSPortableJSONSerializer(),
@@ -89,13 +89,16 @@ class _NoCancellations(logging.Filter):
 @DBOS.workflow(name=WORKFLOW)
 def audit(plan: str) -> str:
     """Run an audit and return its verdict."""
-    shards = list_shards(plan)
-    _progress(0, len(shards), "started")
-    results = []
-    for done, shard in enumerate(shards, start=1):
-        results.append(run_shard(plan, shard))
-        _progress(done, len(shards), Shard.model_validate(shard).name)
-    return write_report(plan, results)
+    try:
+        shards = list_shards(plan)
+        _progress(0, len(shards), "started")
+        results = []
+        for done, shard in enumerate(shards, start=1):
+            results.append(run_shard(plan, shard))
+            _progress(done, len(shards), Shard.model_validate(shard).name)
+        return write_report(plan, results)
+    finally:
+        _here().close()
 
 
 @DBOS.step()
@@ -124,7 +127,6 @@ def write_report(plan: str, recorded: list[dict[str, Any]]) -> str:
     origin = provenance.record(results, workers=workers, audit=DBOS.workflow_id)
     assembled = assembly.assemble(worker.auditor(plan), results, provenance=origin)
     worker.state.write_report(DBOS.workflow_id, assembled.to_json())
-    worker.close()
     return assembled.verdict
 
 

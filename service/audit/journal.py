@@ -28,6 +28,9 @@ QUEUE = "audits"
 WORKFLOW = "audit"
 PROGRESS = "progress"
 
+# Of the recorded shards, not of the product: workers go on with audits of their own format only.
+FORMAT = "1"
+
 _POLL_SECONDS = 0.1
 
 
@@ -131,7 +134,7 @@ class Journal:
                 yield Progress(**event)
         # A stream ends with its workflow's last step; its status follows a moment later.
         while not (await self.get(audit)).state.ended:
-            await asyncio.sleep(_POLL_SECONDS)
+            await self._unless_closing(asyncio.sleep(_POLL_SECONDS), audit, seen)
 
     async def cancel(self, audit: str) -> Entry:
         """Stop an audit before its next shard.
@@ -165,12 +168,16 @@ class Journal:
 
     async def _unless_closing(self, event: Awaitable[Any], audit: str, seen: int) -> Any:
         reading, closing = asyncio.ensure_future(event), asyncio.create_task(self._closing.wait())
-        await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
-        closing.cancel()
-        if reading.done():
+        try:
+            await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise Unavailable(f"the server is shutting down; watch audit {audit} again, from offset {seen}")
             return await reading
-        reading.cancel()
-        raise Unavailable(f"the server is shutting down; watch audit {audit} again, from offset {seen}")
+        finally:
+            # Both have ended before the stream is closed: a generator that still runs cannot be.
+            for task in (reading, closing):
+                task.cancel()
+            await asyncio.gather(reading, closing, return_exceptions=True)
 
     def close(self) -> None:
         """Close the database."""

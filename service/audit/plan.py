@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from export.manifest import checked_name
 from service.audit.gates import Gate
-from service.decoding import decode
+from service.decoding import decode, read_text
 
 # The corruptions that service.audit.corruptions implements, by their published names.
 CorruptionName = Literal["gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_compression"]
@@ -22,15 +22,23 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# Short numbers only: an exact fraction of 1e99999999 would take for ever.
+_EPSILON = re.compile(r"\d{1,6}(\.\d{1,12})?(e-\d{1,2})?(/[1-9]\d{0,6})?")
+
+
 def _epsilon_text(value: Any) -> str:
     text = str(value)
-    try:
-        size = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected a number or a fraction such as '8/255', got {text!r}") from None
-    if size <= 0:
+    if not _EPSILON.fullmatch(text):
+        raise ValueError(f"expected a number or a fraction such as '8/255', got {text!r}")
+    if epsilon_value(text) <= 0:
         raise ValueError(f"expected an epsilon above 0, in input units, got {text!r}")
     return text
+
+
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"expected each value once, got {repeated[0]!r} twice; remove one")
+    return values
 
 
 # An epsilon keeps the form in which it was written: it is a key of the report.
@@ -39,7 +47,11 @@ Epsilon = Annotated[str, BeforeValidator(_epsilon_text)]
 
 def epsilon_value(epsilon: str) -> float:
     """Return the size of an epsilon in input units."""
-    return float(Fraction(epsilon))
+    number, _, divisor = epsilon.partition("/")
+    return float(number) / float(divisor or 1)
+
+
+Severity = Annotated[int, Field(ge=1, le=5)]
 
 
 class Target(_Table):
@@ -69,7 +81,7 @@ class Data(_Table):
 class _Attack(_Table):
     name: str
     id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
-    epsilons: tuple[Epsilon, ...] = Field(min_length=1)
+    epsilons: Annotated[tuple[Epsilon, ...], AfterValidator(_unique)] = Field(min_length=1)
 
     @property
     def norm(self) -> Literal["linf", "l2"]:
@@ -122,8 +134,8 @@ class Corruptions(_Table):
     """Which corruptions at which severities."""
 
     suite: Literal["cifar"] = "cifar"
-    names: tuple[CorruptionName, ...] = CORRUPTIONS
-    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = (1, 2, 3, 4, 5)
+    names: Annotated[tuple[CorruptionName, ...], AfterValidator(_unique)] = Field(default=CORRUPTIONS, min_length=1)
+    severities: Annotated[tuple[Severity, ...], AfterValidator(_unique)] = Field(default=(1, 2, 3, 4, 5), min_length=1)
 
 
 class Differential(_Table):
@@ -178,7 +190,7 @@ def read(path: Path) -> Plan:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected an audit plan here, found none")
-    plan = parse(path.read_text(), source=str(path))
+    plan = parse(read_text(path), source=str(path))
     return plan if plan.data.folder is None else with_folder(plan, (path.parent / plan.data.folder).resolve())
 
 

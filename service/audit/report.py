@@ -83,9 +83,14 @@ class CorruptionsReport(_Section):
 
 
 class DifferentialReport(_Section):
-    """How often target and reference put an image into different classes."""
+    """How often target and reference put an image into different classes, and whether one is right more often.
+
+    `p_value` is of the exact McNemar test that they are right equally often, on the clean images.
+    """
 
     reference: EngineReport
+    reference_accuracy: float
+    p_value: float
     disagreement: float
     interval: Interval
     n: int

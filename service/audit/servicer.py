@@ -32,14 +32,17 @@ _STATES = {
 }
 _DEFAULT_PAGE = 50
 _LARGEST_PAGE = 1000
+_LONGEST_TOKEN = 9  # digits
+_LARGEST_OFFSET = 10**9
 
 
 class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
-    """Serves audits of the models of one repository."""
+    """Serves audits of the models of one repository; only with `folders` may a plan name a folder of images."""
 
-    def __init__(self, *, journal: Journal, repository: Repository) -> None:
+    def __init__(self, *, journal: Journal, repository: Repository, folders: bool) -> None:
         self._journal = journal
         self._repository = repository
+        self._folders = folders
 
     async def SubmitAudit(self, request: audit_pb2.SubmitAuditRequest, context: Context) -> audit_pb2.Audit:
         plan = self._checked(request.plan)
@@ -58,8 +61,8 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def WatchAudit(
         self, request: audit_pb2.WatchAuditRequest, context: Context
     ) -> AsyncIterator[audit_pb2.AuditProgress]:
-        if request.offset < 0:
-            raise InvalidArgument(f"offset: expected 0 or more, got {request.offset}")
+        if not 0 <= request.offset <= _LARGEST_OFFSET:
+            raise InvalidArgument(f"offset: expected 0 to {_LARGEST_OFFSET}, got {request.offset}")
         async for event in self._journal.watch(request.id, offset=request.offset):
             yield audit_pb2.AuditProgress(
                 state=audit_pb2.AUDIT_STATE_RUNNING,
@@ -88,6 +91,11 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         """
         try:
             plan = plans.parse(text)
+            if plan.data.folder is not None and not self._folders:
+                raise InvalidArgument(
+                    "plan: data.folder: this server listens beyond its own machine and reads no folders for others; "
+                    "name a data set"
+                )
             target = self._repository.find(plan.target.model, plan.target.version).manifest
             reference_version = None
             if plan.differential is not None:
@@ -104,7 +112,7 @@ def _page(request: audit_pb2.ListAuditsRequest) -> tuple[int, int]:
     if not 0 <= request.page_size <= _LARGEST_PAGE:
         raise InvalidArgument(f"page_size: expected 0 to {_LARGEST_PAGE}, got {request.page_size}")
     token = request.page_token or "0"
-    if not token.isdecimal():
+    if not token.isdecimal() or len(token) > _LONGEST_TOKEN:
         raise InvalidArgument(f"page_token: expected one from an earlier response, got {token!r}")
     return request.page_size or _DEFAULT_PAGE, int(token)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protos.audit.v1 import audit_pb2
-from service.commands.console import console, print_table, progress
+from service.commands.console import complain, console, print_table, progress
 
 if TYPE_CHECKING:
     from export.repository import Repository
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from service.audit.report import Report
     from service.client import Client
 
-GATE_FAILED = 1
+FAILED = 1
 
 ServerOption = Annotated[
     str, typer.Option("--server", envvar="TENET_SERVER", help="HOST:PORT of `tenet serve` or `tenet up`.")
@@ -56,9 +56,13 @@ def run(
 
     parsed = plans.read(plan)
     folder = repository or _relative(parsed, plan)
+    # An audit may take hours: that there is no place for its report must be known before.
+    for file in (json_file, html_file):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     finished = _run_here(parsed, Repository(folder), device=device)
-    _write(finished.to_json(), json_file, html_file)
     show_reports([finished])
+    _write(finished.to_json(), json_file, html_file)
     _exit_by(finished)
 
 
@@ -74,9 +78,13 @@ def submit(plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")], 
 
 
 def watch(audit_id: IdArgument, server: ServerOption) -> None:
-    """Follow an audit until it has ended; exit code 1 if it failed or a gate did."""
+    """Follow an audit until it has ended; exit code 1 if it failed, was cancelled, or a gate failed."""
     with _client(server) as client:
         follow(client, [audit_id])
+        ended = client.audit(audit_id)
+        if ended.state != audit_pb2.AUDIT_STATE_SUCCEEDED:
+            complain(f"audit {audit_id}: {_state(ended)}{': ' + ended.error if ended.error else ''}")
+            raise typer.Exit(FAILED)
         finished = finished_report(client, audit_id)
     show_reports([finished])
     _exit_by(finished)
@@ -152,7 +160,8 @@ def show_reports(reports: list[Report]) -> None:
             console.print(f"{name}: {warning.code}: {warning.explanation}", soft_wrap=True, markup=False)
         for gate in finished.gates:
             measured = summary.with_interval(gate.value, gate.interval)
-            console.print(f"{name}: gate {gate.name}: {gate.outcome}: {gate.gate}, measured {measured}", markup=False)
+            line = f"{name}: gate {gate.name}: {gate.outcome}: {gate.gate}, measured {measured}"
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def write_page(reports: list[Report], path: Path) -> None:
@@ -160,7 +169,6 @@ def write_page(reports: list[Report], path: Path) -> None:
     from export import atomic
     from service.audit import page
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, page.render([finished.to_json() for finished in reports]).encode())
 
 
@@ -197,7 +205,7 @@ def _write(content: str, json_file: Path | None, html_file: Path | None) -> None
 
 def _exit_by(finished: Report) -> None:
     if finished.verdict == "fail":
-        raise typer.Exit(GATE_FAILED)
+        raise typer.Exit(FAILED)
 
 
 def _client(server: str) -> Client:

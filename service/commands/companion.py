@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # How long a process beside the server may take to end.
 _END_SECONDS = 10
 
+# A command's exit code for what its user must mend: a port in use, a folder that somebody else works on.
+_BAD_INPUT = 2
+
 # A process that dies at once would otherwise be restarted in a busy loop.
 _RESTART_SECONDS = 1
 
@@ -26,11 +29,16 @@ _PARENT_POLL_SECONDS = 1
 
 
 class Companion:
-    """A process beside the server, started again when it dies, ended with the block."""
+    """A process beside the server, started again when it dies, ended with the block.
+
+    Attributes:
+        refused: it ended with exit code 2, for which this process has been told to end, too.
+    """
 
     def __init__(self, name: str, arguments: list[str]) -> None:
         self._name = name
         self._command = [sys.executable, "-m", "service", *arguments, "--parent", str(os.getpid())]
+        self.refused = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name)
 
@@ -41,6 +49,11 @@ class Companion:
                 pass
             if self._stop.is_set():
                 _end(process)
+            elif process.returncode == _BAD_INPUT:
+                # It has said why, and would say so again: the whole command ends, as by Ctrl-C.
+                self.refused = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             else:
                 console.print(f"the {self._name} ended with exit code {process.returncode}; starting another")
 

@@ -82,7 +82,7 @@ def _say(step: int, what: str) -> None:
 def _train(run: Path) -> None:
     from training import recipe
 
-    console.print(trains.describe(trains.run(recipe.read(configs() / "digits.toml"), out=run)), soft_wrap=True)
+    console.print(str(trains.run(recipe.read(configs() / "digits.toml"), out=run)), soft_wrap=True)
 
 
 def _export(run: Path, repository: Repository) -> None:

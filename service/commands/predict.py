@@ -55,6 +55,8 @@ def _read(path: Path, height: int, width: int) -> Images:
     try:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected an image file here, found none") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: expected an image, got a file that cannot be decoded") from None
     return np.asarray(resized, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
@@ -78,8 +80,6 @@ def web(
     parent: ParentOption = None,
 ) -> None:
     """Show audits and reports as web pages."""
-    import socket
-
     import uvicorn
 
     from service.client import Client
@@ -89,9 +89,14 @@ def web(
     try:
         listener = socket.create_server((host, port))
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+        raise OSError(
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another with --port"
+        ) from None
     with listener, Client(server) as client:
         console.print(f"dashboard on http://{host}:{listener.getsockname()[1]}", markup=False, soft_wrap=True)
+        # uvicorn ends in good order, and then raises the signal again; that must not be what the exit code says.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         uvicorn.Server(uvicorn.Config(dashboard(client), log_level="warning")).run(sockets=[listener])
 
 
@@ -112,10 +117,14 @@ def up(
 
         def start(address: str) -> None:
             worker = ["work", "--repository", str(repository), "--state", str(state)]
-            companions.enter_context(Companion("worker", worker))
-            companions.enter_context(Companion("dashboard", ["web", "--server", address, "--port", str(web_port)]))
+            dashboard = ["web", "--server", address, "--port", str(web_port)]
+            started.append(companions.enter_context(Companion("worker", worker)))
+            started.append(companions.enter_context(Companion("dashboard", dashboard)))
 
+        started: list[Companion] = []
         _serve(repository, state, chosen, on_ready=start)
+        if any(companion.refused for companion in started):
+            raise RuntimeError("stopped, because a part of it cannot run; its message is above")
 
 
 def _serve(
@@ -133,7 +142,7 @@ def _serve(
         if on_ready is not None:
             on_ready(serving.address)
 
-    with _audit_services(repository, state) as services:
+    with _audit_services(repository, state, settings) as services:
         asyncio.run(server.serve(repository, settings, on_ready=announce, services=services))
     console.print("stopped")
 
@@ -147,10 +156,12 @@ def _settings(path: Path | None, host: str | None, port: int | None) -> Settings
 
 def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # DBOS tells of every migration of its own database.
+    logging.getLogger("dbos").setLevel(logging.WARNING)
 
 
 @contextmanager
-def _audit_services(repository: Path, state: Path | None) -> Iterator[tuple[Service, ...]]:
+def _audit_services(repository: Path, state: Path | None, settings: Settings) -> Iterator[tuple[Service, ...]]:
     """Open the audit API if there is a state folder for it."""
     if state is None:
         yield ()
@@ -165,7 +176,9 @@ def _audit_services(repository: Path, state: Path | None) -> Iterator[tuple[Serv
     from service.server import Service
 
     journal = Journal(State(state))
-    servicer = AuditServicer(journal=journal, repository=Repository(repository))
+    # Whoever can reach a loopback address is on this machine, and can read its folders anyway.
+    local = ipaddress.ip_address(socket.gethostbyname(settings.server.host)).is_loopback
+    servicer = AuditServicer(journal=journal, repository=Repository(repository), folders=local)
     add = partial(audit_pb2_grpc.add_AuditServiceServicer_to_server, servicer)
     try:
         yield (Service(audit_pb2.DESCRIPTOR.services_by_name["AuditService"], add, journal.end_watches),)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.console import console, progress
+from service.commands.console import complain, console, progress
 
 if TYPE_CHECKING:
-    from training.loop import EpochEnded, TrainingEnded
+    from training.loop import TrainingEnded
     from training.recipe import Recipe
 
 
@@ -29,13 +29,19 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a classifier, with TENET group-wise inhibition if the recipe says so."""
+    from training import checkpoint
     from training import recipe as recipes
 
-    ended = run(recipes.read(recipe), out=out, device=device, resume=resume)
+    try:
+        ended = run(recipes.read(recipe), out=out, device=device, resume=resume)
+    except KeyboardInterrupt:
+        if checkpoint.partial_path(out).exists():
+            complain("the epochs that are done are kept; go on with the same command and --resume")
+        raise
     if as_json:
         typer.echo(json.dumps({"run": str(ended.folder), "test_accuracy": ended.test_accuracy, "sha256": ended.sha256}))
     else:
-        console.print(f"{ended.folder}: {describe(ended)}", soft_wrap=True)
+        console.print(f"{ended.folder}: {ended}", soft_wrap=True)
 
 
 def run(recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = False) -> TrainingEnded:
@@ -46,19 +52,5 @@ def run(recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = False)
         for event in loop.train(recipe, out=out, device=device, resume=resume):
             if isinstance(event, loop.TrainingEnded):
                 return event
-            tick(event.epoch, _epoch(event))
+            tick(event.epoch, str(event))
     raise AssertionError("a training run ends with TrainingEnded")
-
-
-def describe(ended: TrainingEnded) -> str:
-    """Return one line on a finished run."""
-    return (
-        f"test accuracy {ended.test_accuracy:.2%} (epoch {ended.best_epoch}, validation "
-        f"{ended.validation_accuracy:.2%}), {ended.iterations} iterations, {ended.tenet_steps} TENET steps, "
-        f"{ended.seconds:.0f} s"
-    )
-
-
-def _epoch(event: EpochEnded) -> str:
-    tenet = "" if event.tenet_loss is None else f", TENET loss {event.tenet_loss:.3f}"
-    return f"loss {event.loss:.3f}{tenet}, validation accuracy {event.validation_accuracy:.2%}"

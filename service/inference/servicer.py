@@ -68,6 +68,7 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Answer one inference, in the form (raw or typed) in which it was asked."""
         version = self._models.find(request.model_name, request.model_version)
+        tensors.check_request_parameters(request)
         wanted = tensors.requested_outputs(request, [version.output])
         inputs = tensors.decode_inputs(request, [version.input], max_batch=version.max_batch)
         logits = await version.infer(inputs[version.input.name])

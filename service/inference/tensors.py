@@ -215,5 +215,22 @@ def _check_parameters(kind: str, name: str, parameters: Iterable[str]) -> None:
             raise Unimplemented(f"{kind} {name!r}: parameter {parameter!r} is not served; send and take plain tensors")
 
 
+def check_request_parameters(request: pb.ModelInferRequest) -> None:
+    """Refuse parameters of a request that are reserved, or of another type than the protocol's.
+
+    Raises:
+        InvalidArgument: names the parameter, what was expected and what came.
+        Unimplemented: one of a sequence's: models here have no state.
+    """
+    for name, parameter in request.parameters.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        if name in {"priority", "timeout"} and kind not in {"int64_param", "uint64_param"}:
+            raise InvalidArgument(f"parameter {name!r}: expected int64_param, got {kind or 'no value'}")
+        if name.startswith("triton_") and name != "triton_enable_empty_final_response":
+            raise InvalidArgument(f"parameter {name!r}: names that begin with 'triton_' are reserved; choose another")
+        if name.startswith("sequence_"):
+            raise Unimplemented(f"parameter {name!r}: sequences are not served; leave it out")
+
+
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"

@@ -58,10 +58,13 @@ def test_a_failed_draft_leaves_nothing_and_its_number_is_not_given_again(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert repository.versions("pets") == []
-    assert [path.name for path in (tmp_path / "pets").iterdir() if path.is_dir()] == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     _publish(tmp_path, 1)
-    assert repository.versions("pets") == [2]
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert sorted(path.name for path in (tmp_path / "pets").iterdir()) == ["1", "config.pbtxt", "model.json"]
+    _publish(tmp_path, 1)
+    assert repository.versions("pets") == [1, 3]
 
 
 def test_writers_in_several_processes_never_share_a_number(tmp_path: Path) -> None:

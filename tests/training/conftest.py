@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from training.recipe import Recipe
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "tenet_golden.npz"  # made by the published implementation
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 70), "red": (210, 40, 50)}
 
 
@@ -23,6 +24,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[0, 1, 2], ids="case{}".format)
+def golden(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of the published implementation, by name."""
+    prefix = f"case{request.param}_"
+    with np.load(GOLDEN) as file:
+        return {name.removeprefix(prefix): torch.from_numpy(file[name]) for name in file if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="session")

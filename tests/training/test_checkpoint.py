@@ -62,6 +62,12 @@ def test_a_run_is_two_files_and_nothing_beside_them(folder: Path) -> None:
     assert checkpoint.load(folder).sha256 == record["sha256"]
 
 
+def test_a_record_is_read_without_the_weights(folder: Path, recipe: Recipe) -> None:
+    (folder / "weights.safetensors").unlink()
+    record = checkpoint.record(folder)
+    assert (record.recipe, record.class_names, record.input_shape) == (recipe, NAMES, (3, 12, 12))
+
+
 def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
     before = torch.random.get_rng_state()
     checkpoint.load(folder)
@@ -140,8 +146,14 @@ def test_a_partial_is_one_file_that_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_damaged_partial_is_one_line(tmp_path: Path) -> None:
     path = checkpoint.partial_path(tmp_path / "run")
-    checkpoint.save_partial(path, tensors={"a": torch.zeros(2)}, record={})
-    path.write_bytes(path.read_bytes()[:-3])
+    checkpoint.save_partial(path, tensors={"a": torch.zeros(2)}, record={"epoch": 1})
+    whole = path.read_bytes()
+    for index in range(len(whole)):
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        with pytest.raises(ValueError, match=r"got a damaged file; remove .*run\.partial and start again") as caught:
+            checkpoint.load_partial(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole[:-3])
     with pytest.raises(ValueError, match="expected the state of an interrupted run, got a damaged file"):
         checkpoint.load_partial(path)
     with pytest.raises(FileNotFoundError, match="no such file"):

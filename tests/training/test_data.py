@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from training import data
 
@@ -86,8 +86,57 @@ def test_a_file_that_is_no_whole_image_is_named(tmp_path: Path, kept: int) -> No
     path.parent.mkdir()
     Image.new("RGB", (40, 40), (1, 2, 3)).save(path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"1\.png: expected an image"):
+    with pytest.raises(ValueError, match=r"1\.png: expected a PNG or JPEG image"):
         data.from_folder(tmp_path)
+
+
+def test_an_image_of_more_than_8_bits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 6), 999, np.uint16)).save(tmp_path / "a" / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: expected 8 bits per channel, got an image of mode I"):
+        data.from_folder(tmp_path)
+
+
+def test_a_file_of_another_format_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "1.png", format="GIF")
+    with pytest.raises(ValueError, match=r"1\.png: expected a PNG or JPEG image"):
+        data.from_folder(tmp_path)
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter
+    Image.new("RGB", (6, 4)).save(tmp_path / "a" / "1.jpg", exif=exif)
+    assert data.from_folder(tmp_path).images.shape == (1, 6, 4, 3)
+
+
+def test_a_file_that_may_not_be_read_is_no_damaged_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").touch()
+    monkeypatch.setattr(Image, "open", forbid)
+    with pytest.raises(PermissionError, match=r"1\.png"):
+        data.from_folder(tmp_path)
+
+
+def test_a_fingerprint_is_of_images_labels_and_names() -> None:
+    images, labels = np.zeros((2, 3, 3, 3), np.uint8), np.array([0, 1], np.int64)
+    other = images.copy()
+    other[1, 2, 2, 2] = 1
+    sets = [
+        data.LabelledImages(images, labels, ("a", "b")),
+        data.LabelledImages(other, labels, ("a", "b")),
+        data.LabelledImages(images, labels[::-1].copy(), ("a", "b")),
+        data.LabelledImages(images, labels, ("a", "c")),
+        data.LabelledImages(images[:1], labels[:1], ("a", "b")),
+    ]
+    assert len({part.fingerprint() for part in sets}) == len(sets)
+    again = data.LabelledImages(images[::-1].copy()[::-1], labels, ("a", "b"))
+    assert again.fingerprint() == sets[0].fingerprint()
 
 
 def test_what_is_not_there_is_named_with_the_way_out(tmp_path: Path, colours: Path) -> None:

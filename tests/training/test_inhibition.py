@@ -1,33 +1,23 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from training import inhibition, models
+from training import grouping, inhibition, models
 from training.recipe import Model
 
 if TYPE_CHECKING:
     from training.recipe import Variant
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tenet_golden.npz"  # made by the published implementation
-
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def golden(case: int) -> dict[str, Tensor]:
-    prefix = f"case{case}_"
-    with np.load(GOLDEN) as file:
-        return {name.removeprefix(prefix): torch.from_numpy(file[name]) for name in file if name.startswith(prefix)}
 
 
 def build() -> nn.Module:
@@ -49,21 +39,18 @@ def inputs(seed: int, *, channels: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return features, gradients, torch.randint(2, (3, channels), generator=seeded(seed))
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-def test_reversed_map_is_the_published_one(case: int) -> None:
-    data = golden(case)
-    groups = data["initial_indices"].shape[1]
+def test_reversed_map_is_the_published_one(golden: dict[str, Tensor]) -> None:
+    groups = golden["initial_indices"].shape[1]
     ours = inhibition.reversed_map(
-        data["features"], data["grads"], data["group_ids"], groups=groups, variant="published"
+        golden["features"], golden["grads"], golden["group_ids"], groups=groups, variant="published"
     )
-    assert torch.allclose(ours, data["reversed_map"], rtol=0, atol=1e-6)
+    assert torch.allclose(ours, golden["reversed_map"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-def test_orthogonality_is_the_published_one(case: int) -> None:
-    data = golden(case)
-    ours = inhibition.orthogonality(data["features"], data["group_ids"], groups=data["initial_indices"].shape[1])
-    assert torch.isclose(ours.double(), data["orthogonal_loss"], rtol=1e-6)
+def test_orthogonality_is_the_published_one(golden: dict[str, Tensor]) -> None:
+    groups = golden["initial_indices"].shape[1]
+    ours = inhibition.orthogonality(golden["features"], golden["group_ids"], groups=groups)
+    assert torch.isclose(ours.double(), golden["orthogonal_loss"], rtol=1e-6)
 
 
 def test_reversed_map_of_the_paper_by_hand() -> None:
@@ -108,6 +95,33 @@ def test_constant_maps_are_inhibited_by_half(value: float) -> None:
     features, ids = torch.full((1, 4, 3, 3), value), torch.zeros(1, 4, dtype=torch.int64)
     ours = inhibition.reversed_map(features, torch.ones(1, 4, 3, 3), ids, groups=1, variant="published")
     assert torch.allclose(ours, torch.full_like(ours, 0.5))
+
+
+@pytest.mark.parametrize("variant", ["published", "paper"])
+def test_no_gradient_flows_through_the_map(variant: Variant) -> None:
+    features, gradients, ids = inputs(0)
+    features, gradients = features.requires_grad_(), gradients.requires_grad_()
+    assert not inhibition.reversed_map(features, gradients, ids, groups=2, variant=variant).requires_grad
+
+
+@pytest.mark.parametrize("variant", ["published", "paper"])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 100.0])
+def test_a_map_in_half_precision_is_that_in_single(variant: Variant, scale: float) -> None:
+    features, gradients, ids = inputs(0)
+    half, small = (scale * features).half(), (1e-6 * gradients).half()
+    ours = inhibition.reversed_map(half, small, ids, groups=2, variant=variant)
+    single = inhibition.reversed_map(half.float(), small.float(), ids, groups=2, variant=variant)
+    assert ours.dtype == torch.float16
+    assert bool(ours.isfinite().all())
+    assert torch.equal(ours, single.half())
+
+
+def test_orthogonality_in_half_precision_does_not_overflow() -> None:
+    features, ids = 100 * torch.rand(2, 4, 16, 16, generator=seeded(0)).half(), torch.tensor([[0, 0, 1, 1]] * 2)
+    half, single = (inhibition.orthogonality(maps, ids, groups=2) for maps in (features, features.float()))
+    assert half.dtype == torch.float32
+    assert bool(half.isfinite())
+    assert torch.equal(half, single)
 
 
 def test_orthogonality_of_orthogonal_groups_is_nothing() -> None:
@@ -182,6 +196,33 @@ def test_a_step_runs_the_body_once_or_as_published_twice(exact: bool, modes: lis
     assert tenet(images, labels, logits=logits) is not None
     assert body == modes
     assert head == [False, True]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_exact_step_groups_and_masks_by_what_an_evaluated_body_sees(
+    exact: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    group, reverse = grouping.group_channels, inhibition.reversed_map
+
+    def recorded_group(features: Tensor, groups: int, **others: Any) -> tuple[Tensor, Tensor]:
+        seen.append(features)
+        return group(features, groups, **others)
+
+    def recorded_reverse(features: Tensor, *others: Any, **settings: Any) -> Tensor:
+        seen.append(features)
+        return reverse(features, *others, **settings)
+
+    model = build().train()
+    tenet = inhibition.TenetStep(model, stage="layer2", groups=3, exact=exact, generator=seeded(0))
+    images, labels, logits = batch()
+    with inhibition.evaluating(model):
+        evaluated = tenet.body(images[:5])
+    monkeypatch.setattr(grouping, "group_channels", recorded_group)
+    monkeypatch.setattr(inhibition, "reversed_map", recorded_reverse)
+    tenet(images, labels, logits=logits)
+    assert [torch.equal(features, evaluated) for features in seen] == [exact, exact]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -286,5 +327,21 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="stage: expected a submodule"):
         inhibition.TenetStep(build(), stage="layer9")
     images, labels, logits = batch()
-    with pytest.raises(ValueError, match="groups: expected 1 to 8"):
-        inhibition.TenetStep(build(), stage="layer2", groups=9)(images, labels, logits=logits)
+    for stage, groups, message in (
+        ("layer2", 9, "groups: expected 1 to 8"),
+        ("fc", 2, r"stage: expected maps \(batch, channels, height, width\), got \(\d, 3\)"),
+        ("pool", 2, r"stage: expected maps .* of more than one pixel, .* got \(\d, 16, 1, 1\)"),
+    ):
+        tenet = inhibition.TenetStep(build(), stage=stage, groups=groups)
+        with pytest.raises(ValueError, match=message):
+            tenet(images, labels, logits=logits)
+        with pytest.raises(ValueError, match=message):
+            tenet.check(images)
+
+
+def test_a_check_leaves_the_model_as_it_is() -> None:
+    model = build().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inhibition.TenetStep(model, stage="layer2").check(batch()[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())

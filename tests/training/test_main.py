@@ -26,9 +26,9 @@ def test_training_prints_a_line_per_epoch_and_the_folder(
 ) -> None:
     assert main([str(file), "--out", str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]
-    assert lines[2].startswith("test accuracy ")
-    assert lines[2].endswith(str(tmp_path / "run"))
+    assert [line.split(": ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2", str(tmp_path / "run")]
+    assert lines[1].split(": ")[1].startswith("loss ")
+    assert lines[2].split(": ")[1].startswith("test accuracy ")
     assert checkpoint.load(tmp_path / "run").class_names == ("blue", "green", "red")
 
 
@@ -41,11 +41,25 @@ def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, capsys: 
         ([str(file), "--out", str(tmp_path / "run")], "exists already"),
         ([str(bad), "--out", str(tmp_path / "new")], "tenet.grups: unknown key"),
         ([str(file), "--out", str(tmp_path / "new"), "--resume"], "expected an interrupted run, got none"),
+        ([str(file), "--out", str(file / "new")], f"got one under the file {file}"),
+        ([str(file), "--out", str(tmp_path / "new"), "--device", "meta"], "it computes nothing"),
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert message in line
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA out of memory"), OSError(28, "No space left on device")])
+def test_a_failure_of_the_machine_is_one_line_and_status_2(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("training.checkpoint.save_partial", fail)
+    assert main([str(file), "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"error: {failure}\n"
 
 
 def test_an_interrupt_is_one_line_and_status_130_and_can_be_resumed(
@@ -61,7 +75,7 @@ def test_an_interrupt_is_one_line_and_status_130_and_can_be_resumed(
         assert main([str(file), "--out", str(out)]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
     with monkeypatch.context() as patch:
-        patch.setattr("training.__main__.describe", interrupt)
+        patch.setattr("training.loop.EpochEnded.__str__", interrupt)
         assert main([str(file), "--out", str(out)]) == 130
     captured = capsys.readouterr()
     assert captured.err == "interrupted; --resume goes on after the last whole epoch\n"

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from training import models
+from training import inhibition, models
 from training.recipe import Model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def build(*, depth: int = 8, width: int = 4, classes: int = 5) -> nn.Module:
@@ -88,6 +82,19 @@ def test_parts_share_parameters_and_follow_modes() -> None:
     assert model.get_submodule("layer2.0.bn1").training
 
 
+def test_stochastic_depth_follows_modes_after_the_cut() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torchvision.models.efficientnet_b0(weights=None, num_classes=4).train()
+        body, head = models.cut(model, stage="features.4")
+        features = body(images(size=64))
+        assert not torch.equal(head(features), head(features))
+        with inhibition.evaluating(head), torch.no_grad():
+            assert torch.equal(head(features), head(features))
+        with inhibition.evaluating(model), torch.no_grad():
+            assert torch.equal(head(body(images(size=64))), model(images(size=64)))
+
+
 def test_an_unknown_stage_lists_the_stages() -> None:
     with pytest.raises(ValueError, match=r"layer1, layer2, layer3.*got 'layer4'"):
         models.cut(build(), stage="layer4")
@@ -124,25 +131,3 @@ def test_building_elsewhere_leaves_the_random_state_alone() -> None:
     with torch.device("meta"):
         models.build(Model(depth=8, width=4), classes=2)
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-@pytest.mark.slow
-def test_the_model_is_exported_to_onnx_with_any_batch(tmp_path: Path) -> None:
-    import onnxruntime
-
-    model, path = build().eval(), tmp_path / "model.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own making
-        torch.onnx.export(
-            model,
-            (images(2),),
-            path,
-            dynamo=True,
-            verbose=False,
-            opset_version=20,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for count in (1, 5):
-        (logits,) = session.run(None, {session.get_inputs()[0].name: images(count).numpy()})
-        assert torch.allclose(torch.from_numpy(logits), model(images(count)), atol=1e-5)

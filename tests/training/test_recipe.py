@@ -86,6 +86,22 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             SMALLEST + "learning_rate = inf\n",
             "demo.toml: training.learning_rate: expected a finite number, got inf",
         ),
+        (
+            SMALLEST + f"seed = {2**62}\n",
+            f"demo.toml: training.seed: expected less than {2**62}, got {2**62}",
+        ),
+        (
+            SMALLEST + "crop_padding = 65\n",
+            "demo.toml: training.crop_padding: expected less than or equal to 64, got 65",
+        ),
+        (
+            SMALLEST + "learning_rate = 1e7\n",
+            "demo.toml: training.learning_rate: expected less than or equal to 1000000, got 10000000.0",
+        ),
+        (
+            SMALLEST + "threads = 1025\n",
+            "demo.toml: training.threads: expected less than or equal to 1024, got 1025",
+        ),
         (SMALLEST + "flip = 1\n", "demo.toml: training.flip: expected a valid boolean, got 1"),
     ],
 )

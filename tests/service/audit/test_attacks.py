@@ -54,13 +54,13 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_every_attack_finds_more_within_a_large_epsilon_and_repeats_itself(attack: Attack, model: AttackModel) -> None:
-    first = attacks.run(attack, model=model, images=_IMAGES, labels=_LABELS, seed=7)
+    first = attacks.run(attack, model=model, images=_IMAGES, labels=_LABELS, pool=_IMAGES, seed=7)
     small, large = (first.robust[epsilon] for epsilon in attack.epsilons)
     assert first.correct.mean() > 0.9
     assert not (small & ~first.correct).any()
     assert large.sum() < small.sum() <= first.correct.sum()
     assert first.queries >= 2 * first.correct.sum()
-    again = attacks.run(attack, model=model, images=_IMAGES, labels=_LABELS, seed=7)
+    again = attacks.run(attack, model=model, images=_IMAGES, labels=_LABELS, pool=_IMAGES, seed=7)
     assert {key: list(value) for key, value in first.robust.items()} == {k: list(v) for k, v in again.robust.items()}
 
 
@@ -68,7 +68,7 @@ def test_a_seed_leaves_the_callers_random_numbers_alone(model: AttackModel) -> N
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    attacks.run(ATTACKS[1], model=model, images=_IMAGES[:4], labels=_LABELS[:4], seed=7)
+    attacks.run(ATTACKS[1], model=model, images=_IMAGES[:4], labels=_LABELS[:4], pool=_IMAGES, seed=7)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -90,15 +90,15 @@ class _Stubborn:
 def test_the_engine_decides_and_not_the_twin(model: AttackModel) -> None:
     """The twin is fooled by these perturbations; an engine that is not must be reported robust."""
     stubborn = AttackModel(_Stubborn(_LABELS), model.twin)  # type: ignore[arg-type]
-    outcome = attacks.run(ATTACKS[1], model=stubborn, images=_IMAGES, labels=_LABELS, seed=7)
+    outcome = attacks.run(ATTACKS[1], model=stubborn, images=_IMAGES, labels=_LABELS, pool=_IMAGES, seed=7)
     assert all(robust.all() for robust in outcome.robust.values())
-    fooled = attacks.run(ATTACKS[1], model=model, images=_IMAGES, labels=_LABELS, seed=7)
+    fooled = attacks.run(ATTACKS[1], model=model, images=_IMAGES, labels=_LABELS, pool=_IMAGES, seed=7)
     assert not fooled.robust["32/255"].any()
 
 
 def test_images_that_the_engine_gets_wrong_are_not_attacked(model: AttackModel) -> None:
     wrong = (_LABELS + 1) % 10
-    outcome = attacks.run(ATTACKS[1], model=model, images=_IMAGES[:8], labels=wrong[:8], seed=0)
+    outcome = attacks.run(ATTACKS[1], model=model, images=_IMAGES[:8], labels=wrong[:8], pool=_IMAGES, seed=0)
     assert outcome.queries == 8
     assert not outcome.correct.any()
     assert not any(robust.any() for robust in outcome.robust.values())
@@ -107,8 +107,17 @@ def test_images_that_the_engine_gets_wrong_are_not_attacked(model: AttackModel) 
 def test_a_white_box_attack_without_a_twin_is_refused_before_it_starts(model: AttackModel) -> None:
     bare = AttackModel(model.target, None)
     with pytest.raises(ValueError, match=r"attacks\.LinfPGD: a white-box attack needs gradients"):
-        attacks.run(ATTACKS[1], model=bare, images=_IMAGES, labels=_LABELS, seed=0)
+        attacks.run(ATTACKS[1], model=bare, images=_IMAGES, labels=_LABELS, pool=_IMAGES, seed=0)
     assert model.target.queries == 0
+
+
+def test_a_decision_attack_needs_no_second_class_among_the_images_it_attacks(model: AttackModel) -> None:
+    attack = _attack("BoundaryAttack", "[40.0]", steps=5)
+    one = slice(0, 1)
+    attacked = attacks.run(attack, model=model, images=_IMAGES[one], labels=_LABELS[one], pool=_IMAGES, seed=0)
+    assert not attacked.robust["40.0"].any()
+    nowhere = attacks.run(attack, model=model, images=_IMAGES[one], labels=_LABELS[one], pool=_IMAGES[one], seed=0)
+    assert nowhere.robust["40.0"].all()
 
 
 def test_zero_gradients_are_seen(model: AttackModel) -> None:

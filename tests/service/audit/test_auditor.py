@@ -69,6 +69,8 @@ def test_every_number_has_its_n_and_an_interval_around_it(audited: Report) -> No
     assert audited.corruptions.mean_error == pytest.approx(sum(errors.values()) / 4)
     assert audited.differential is not None
     assert audited.differential.reference.model == "digits"
+    assert 0 <= audited.differential.p_value <= 1
+    assert audited.differential.reference_accuracy > 0.9
     assert audited.worst_case is not None
     assert audited.worst_case.accuracy == strong.robust_accuracy
 
@@ -143,6 +145,31 @@ def test_an_engine_that_contradicts_itself_is_called_untrusted(
         result = assembly.assemble(auditor, [_result(Shard(kind="clean", stop=4), **found)], provenance={})
     assert [warning.code for warning in result.warnings] == [code]
     assert result.verdict == "untrusted"
+
+
+@pytest.mark.parametrize(("name", "code"), [("FGSM", "single_step_wins"), ("LinfUniformNoise", "gradient_free_wins")])
+def test_a_weaker_attack_that_finds_more_says_that_gradients_are_masked(
+    digits_models: Repository, name: str, code: str
+) -> None:
+    text = (
+        '[target]\nmodel = "digits"\n[data]\ndataset = "digits"\nsamples = 40\n'
+        '[[attacks]]\nid = "pgd"\nname = "LinfPGD"\nepsilons = ["8/255"]\n'
+        f'[[attacks]]\nid = "weak"\nname = "{name}"\nepsilons = ["8/255"]\n'
+    )
+
+    def attacked(attack: str, robust: str) -> ShardResult:
+        shard = Shard(kind="attack", subject=attack, stop=40)
+        return _result(shard, correct="1" * 40, robust={"8/255": robust})
+
+    def codes(pgd: str, weak: str) -> list[str]:
+        clean = _result(Shard(kind="clean", stop=40), correct="1" * 40)
+        results = [clean, attacked("pgd", pgd), attacked("weak", weak)]
+        return [doubt.code for doubt in assembly.assemble(auditor, results, provenance={}).warnings]
+
+    with Auditor(plans.parse(text), repository=digits_models) as auditor:
+        assert codes("1" * 40, "0" * 40) == [code]
+        assert codes("0" * 40, "1" * 40) == []
+        assert codes("1" * 20 + "0" * 20, "1" * 19 + "0" * 21) == []
 
 
 def test_an_attack_that_does_not_converge_or_cannot_move_is_called_untrusted(digits_models: Repository) -> None:

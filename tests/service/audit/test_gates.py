@@ -18,6 +18,12 @@ from service.audit.gates import Measured
         ("mean_error < 0.5", (0.6, 0.8), "fail"),
         ("disagreement < 0.01", (0.0, 0.04), "inconclusive"),
         ("worst_case > 0", (0.1, 0.2), "pass"),
+        ("worst_case > 0", (0.0, 0.2), "inconclusive"),
+        ("worst_case >= 0", (0.0, 0.2), "pass"),
+        ("accuracy > 0.5", (0.3, 0.5), "fail"),
+        ("accuracy >= 0.5", (0.3, 0.5), "inconclusive"),
+        ("disagreement < 1", (0.9, 1.0), "inconclusive"),
+        ("disagreement < 0.1", (0.1, 0.2), "fail"),
     ],
 )
 def test_a_gate_decides_only_when_the_interval_is_on_one_side(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from protos.audit.v1 import audit_pb2
 from service.audit import assembly
 from service.audit import plan as plans
 from service.audit.auditor import Auditor
 from service.client import Client
-from service.errors import FailedPrecondition, InvalidArgument, NotFound
+from service.errors import FailedPrecondition, InvalidArgument, NotFound, ServiceError, Unavailable
 from tests.processes import address, running
 
 if TYPE_CHECKING:
@@ -120,6 +123,39 @@ def test_a_cancelled_audit_stops_and_the_worker_takes_the_next(
     assert html.startswith("<!doctype html>")
 
 
+def test_a_watch_may_be_given_up_and_ends_with_the_server(digits_models: Repository, tmp_path: Path) -> None:
+    options = ["--repository", str(digits_models.folder), "--state", str(tmp_path / "state"), "--port", "0"]
+    with running(tmp_path / "serve.log", "serve", *options) as server:
+        with Client(address(server)) as hasty:
+            audit = hasty.submit_audit(PLAN).id
+            threading.Timer(0.5, hasty.close).start()
+            with pytest.raises((ServiceError, ValueError)):
+                list(hasty.watch_audit(audit))
+        with Client(address(server)) as client:
+            threading.Timer(0.5, server.signal, [signal.SIGTERM]).start()
+            with pytest.raises(Unavailable, match=rf"shutting down; watch audit {audit} again, from offset 0"):
+                list(client.watch_audit(audit))
+        server.signal(0)
+    assert "ERROR" not in server.text()
+
+
+def test_a_second_audit_of_one_plan_sees_the_images_as_they_are_now(
+    client: Client, digits_models: Repository, tmp_path: Path
+) -> None:
+    for digit in "01":
+        (tmp_path / "images" / digit).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (32, 32)).save(tmp_path / "images" / digit / f"{index}.png")
+    plan = f'[target]\nmodel = "digits"\n[data]\nfolder = "{tmp_path / "images"}"\nsamples = 6\n'
+    with running(tmp_path / "work.log", *_worker(digits_models, tmp_path)):
+        first = client.submit_audit(plan).id
+        list(client.watch_audit(first))
+        shutil.rmtree(tmp_path / "images" / "1")
+        second = client.submit_audit(plan).id
+        list(client.watch_audit(second))
+    assert [json.loads(client.audit_report(each))["clean"]["n"] for each in (first, second)] == [6, 3]
+
+
 def test_an_audit_that_cannot_work_fails_and_says_why(
     client: Client, digits_models: Repository, tmp_path: Path
 ) -> None:
@@ -144,6 +180,6 @@ def test_bad_requests_are_refused_with_the_right_status(client: Client) -> None:
     for call in (client.audit, client.cancel_audit, client.audit_report, lambda key: list(client.watch_audit(key))):
         with pytest.raises(NotFound, match="audit 'none': there is none"):
             call("none")
-    with pytest.raises(InvalidArgument, match="offset: expected 0 or more"):
+    with pytest.raises(InvalidArgument, match="offset: expected 0 to"):
         list(client.watch_audit("none", offset=-1))
     assert client.audits(limit=5) == []

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +64,28 @@ def test_a_port_in_use_is_named(digits_models: Repository) -> None:
     assert result.stderr.splitlines()[-1] == (f"error: port {port} on 127.0.0.1 is in use; choose another with --port")
 
 
+def test_up_ends_when_the_dashboard_s_port_is_in_use(digits_models: Repository, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = tenet(*_up(digits_models, tmp_path), "--web-port", port)
+    assert result.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --port" in result.stderr
+
+
+def test_serve_works_where_torch_and_its_kin_cannot_be_imported(digits_models: Repository, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'foolbox', 'training', 'sklearn'): sys.modules[name] = None\n"
+        "from service.__main__ import main\n"
+        "main()"
+    )
+    options = ["--repository", str(digits_models.folder), "--state", str(tmp_path / "state"), "--port", "0"]
+    command = [sys.executable, "-c", program, "serve", *options]
+    with running(tmp_path / "log", command=command) as server, Client(address(server)) as client:
+        assert client.ready("digits")
+        assert client.audits(limit=1) == []
+
+
 @pytest.mark.parametrize("verb", ["serve", "up", "work"])
 def test_ctrl_c_ends_a_service_in_good_order(verb: str, digits_models: Repository, tmp_path: Path) -> None:
     arguments = _up(digits_models, tmp_path)[1:]
@@ -71,12 +96,27 @@ def test_ctrl_c_ends_a_service_in_good_order(verb: str, digits_models: Repositor
     assert "Traceback" not in process.text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_dashboard_ends_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
+    with running(tmp_path / "log", "web", "--server", "127.0.0.1:1", "--port", "0") as process:
+        url = process.wait_for(r"^dashboard on (\S+)$")[1]
+        with pytest.raises(urllib.error.HTTPError, match="502") as error:
+            urllib.request.urlopen(url, timeout=20)
+        assert "cannot reach 127.0.0.1:1" in error.value.read().decode()
+        error.value.close()
+        assert process.signal(number) == 0
+    assert "Traceback" not in process.text()
+
+
 def test_ctrl_c_in_training_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[3] / "configs" / "digits.toml"
     with running(tmp_path / "log", "train", str(recipe), "--out", str(tmp_path / "run")) as process:
         process.wait_for(r"training: 1/")
         assert process.signal(signal.SIGINT) == 130
-    assert process.text().splitlines()[-1].startswith("error: interrupted")
+    assert process.text().splitlines()[-2:] == [
+        "error: the epochs that are done are kept; go on with the same command and --resume",
+        "error: interrupted",
+    ]
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "run.partial").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run.partial"]
