@@ -19,7 +19,7 @@ import typer
 from service.commands import audit as audits
 from service.commands import export as exports
 from service.commands import train as trains
-from service.commands.console import console
+from service.commands.console import complain, console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,17 @@ def demo(
     folder = out or Path("demo") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; choose another folder with --out")
-    repository = Repository(folder / "models")
+    try:
+        page = _flow(folder, Repository(folder / "models"))
+    except KeyboardInterrupt:
+        complain(f"what was made so far is in {folder}; remove it when you do not need it")
+        raise
+    console.print(f"total {time.perf_counter() - _STARTED:.0f} s; open the report in a browser:")
+    typer.echo(page)
+
+
+def _flow(folder: Path, repository: Repository) -> Path:
+    """Run the whole flow and return the report's path."""
     _say(1, "train a small classifier with TENET on scikit-learn's digits")
     _train(folder / "runs" / "digits")
     _say(2, "export it, with proof of parity")
@@ -61,9 +71,7 @@ def demo(
             for model in ("digits", "digits-int8"):
                 console.print(f"{model}: {_classify(client, model)}")
             _say(4, "audit the deployed engines: attacks, corruptions, disagreement")
-            page = _audit(client, folder / "report.html")
-    console.print(f"total {time.perf_counter() - _STARTED:.0f} s; open the report in a browser:")
-    typer.echo(page)
+            return _audit(client, folder / "report.html")
 
 
 def configs() -> Path:
