@@ -9,7 +9,8 @@ of the finished shards handed to it by DBOS and goes on with the first unfinishe
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
@@ -31,25 +32,33 @@ _POLL_SECONDS = 0.2
 
 @dataclass
 class Worker:
-    """What the workflow's steps need from the process they run in; one audit's engines stay open between shards."""
+    """What the workflows' steps need from the process they run in.
+
+    Attributes:
+        repository: the models.
+        state: where reports go.
+        auditors: for each running audit what it has open; that stays open between its shards.
+        turn: held by the step that works: the shard in flight of an audit that has been cancelled goes on beside the
+            first one of the next, and two at once on the same cores are slower than one after the other.
+    """
 
     repository: Repository
     state: State
-    _auditor: tuple[str, Auditor] | None = None
+    auditors: dict[str, Auditor] = field(default_factory=dict)
+    turn: Lock = field(default_factory=Lock)
 
     def auditor(self, plan: str) -> Auditor:
-        """Return the open auditor of the running audit, closing that of another."""
-        assert DBOS.workflow_id is not None
-        if self._auditor is None or self._auditor[0] != DBOS.workflow_id:
-            self.close()
-            self._auditor = DBOS.workflow_id, Auditor(Plan.model_validate_json(plan), repository=self.repository)
-        return self._auditor[1]
+        """Return the running audit's auditor, opened at its first step in this process."""
+        audit_id = _id()
+        if audit_id not in self.auditors:
+            self.auditors[audit_id] = Auditor(Plan.model_validate_json(plan), repository=self.repository)
+        return self.auditors[audit_id]
 
     def close(self) -> None:
-        """Close what is open."""
-        if self._auditor is not None:
-            self._auditor[1].close()
-            self._auditor = None
+        """Close what the running audit has open."""
+        auditor = self.auditors.pop(_id(), None)
+        if auditor is not None:
+            auditor.close()
 
 
 # DBOS calls workflows by name, with JSON arguments only: what they need besides must hang on the process.
@@ -104,29 +113,31 @@ def audit(plan: str) -> str:
 @DBOS.step()
 def list_shards(plan: str) -> list[dict[str, Any]]:
     """Cut the plan into shards: recorded, so that a resumed audit has the boundaries it was begun with."""
-    return [shard.model_dump() for shard in _here().auditor(plan).shards]
+    with _here().turn:
+        return [shard.model_dump() for shard in _here().auditor(plan).shards]
 
 
 @DBOS.step()
 def run_shard(plan: str, shard: dict[str, Any]) -> dict[str, Any]:
     """Run one shard."""
     piece = Shard.model_validate(shard)
-    logger.info("audit %s: begins %s", DBOS.workflow_id, piece.name)
-    result = _here().auditor(plan).run(piece)
-    logger.info("audit %s: finished %s in %.2f s", DBOS.workflow_id, piece.name, result.seconds)
+    with _here().turn:
+        logger.info("audit %s: begins %s", _id(), piece.name)
+        result = _here().auditor(plan).run(piece)
+        logger.info("audit %s: finished %s in %.2f s", _id(), piece.name, result.seconds)
     return {"result": result.model_dump(), "worker": provenance.worker()}
 
 
 @DBOS.step()
 def write_report(plan: str, recorded: list[dict[str, Any]]) -> str:
     """Assemble the report and store it."""
-    worker = _here()
-    assert DBOS.workflow_id is not None
+    worker, audit_id = _here(), _id()
     results = [ShardResult.model_validate(entry["result"]) for entry in recorded]
     workers = [entry["worker"] for entry in recorded]
-    origin = provenance.record(results, workers=workers, audit=DBOS.workflow_id)
-    assembled = assembly.assemble(worker.auditor(plan), results, provenance=origin)
-    worker.state.write_report(DBOS.workflow_id, assembled.to_json())
+    origin = provenance.record(results, workers=workers, audit=audit_id)
+    with worker.turn:
+        assembled = assembly.assemble(worker.auditor(plan), results, provenance=origin)
+    worker.state.write_report(audit_id, assembled.to_json())
     return assembled.verdict
 
 
@@ -137,3 +148,8 @@ def _progress(done: int, total: int, message: str) -> None:
 def _here() -> Worker:
     assert _worker is not None, "a workflow runs only in a process that called start()"
     return _worker
+
+
+def _id() -> str:
+    assert DBOS.workflow_id is not None, "a step runs only in a workflow"
+    return DBOS.workflow_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -119,6 +120,9 @@ def up(
             worker = ["work", "--repository", str(repository), "--state", str(state)]
             dashboard = ["web", "--server", address, "--port", str(web_port)]
             started.append(companions.enter_context(Companion("worker", worker)))
+            if importlib.util.find_spec("uvicorn") is None:
+                console.print("no dashboard: it needs uvicorn; pip install 'tenet[web]'", markup=False)
+                return
             started.append(companions.enter_context(Companion("dashboard", dashboard)))
 
         started: list[Companion] = []
@@ -145,6 +149,14 @@ def _serve(
     with _audit_services(repository, state, settings) as services:
         asyncio.run(server.serve(repository, settings, on_ready=announce, services=services))
     console.print("stopped")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a server on this host can be reached from its own machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
 
 
 def _settings(path: Path | None, host: str | None, port: int | None) -> Settings:
@@ -177,8 +189,8 @@ def _audit_services(repository: Path, state: Path | None, settings: Settings) ->
 
     journal = Journal(State(state))
     # Whoever can reach a loopback address is on this machine, and can read its folders anyway.
-    local = ipaddress.ip_address(socket.gethostbyname(settings.server.host)).is_loopback
-    servicer = AuditServicer(journal=journal, repository=Repository(repository), folders=local)
+    folders = is_loopback(settings.server.host)
+    servicer = AuditServicer(journal=journal, repository=Repository(repository), folders=folders)
     add = partial(audit_pb2_grpc.add_AuditServiceServicer_to_server, servicer)
     try:
         yield (Service(audit_pb2.DESCRIPTOR.services_by_name["AuditService"], add, journal.end_watches),)

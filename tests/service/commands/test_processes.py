@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.client import Client
+from service.commands.serve import is_loopback
 from tests.processes import address, running, tenet
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ def test_up_ends_when_the_dashboard_s_port_is_in_use(digits_models: Repository, 
         result = tenet(*_up(digits_models, tmp_path), "--web-port", port)
     assert result.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --port" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)]
+)
+def test_only_a_loopback_server_takes_folders(host: str, local: bool) -> None:  # noqa: FBT001
+    assert is_loopback(host) is local
 
 
 def test_serve_works_where_torch_and_its_kin_cannot_be_imported(digits_models: Repository, tmp_path: Path) -> None:
