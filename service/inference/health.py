@@ -1,6 +1,6 @@
-"""The standard health service: `grpc.health.v1.Health`, Check, List and Watch.
+"""The standard health service: `grpc.health.v1.Health`, Check and Watch.
 
-models, server --set--> statuses --Check, List: once, Watch: at every change--> load balancers, kubelets
+models, server --set--> statuses --Check: once, Watch: at every change--> load balancers, kubelets
 """
 
 # ruff: noqa: N802 - the protocol names its methods
@@ -56,11 +56,6 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             known = ", ".join(repr(name) for name in sorted(self._serving))
             raise NotFound(f"service {request.service!r}: expected one of {known}")
         return pb.HealthCheckResponse(status=status)
-
-    async def List(self, request: pb.HealthListRequest, context: Context) -> pb.HealthListResponse:  # noqa: ARG002
-        """Answer the health of every name."""
-        statuses = {name: pb.HealthCheckResponse(status=self._status(name)) for name in self._serving}
-        return pb.HealthListResponse(statuses=statuses)
 
     async def Watch(
         self,

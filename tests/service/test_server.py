@@ -148,7 +148,6 @@ def test_messages_may_be_as_large_as_the_settings_say(start: Start, repository: 
 )
 def test_health_of_server_services_and_models(channel: grpc.Channel, name: str, status: int) -> None:
     assert HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status == status
-    assert HealthStub(channel).List(health_pb2.HealthListRequest()).statuses[name].status == status
 
 
 def test_health_of_what_is_not_known(channel: grpc.Channel) -> None:
