@@ -45,6 +45,7 @@ def demo(
     """Train, export, serve and audit a classifier of handwritten digits; the last line is the report's path."""
     from export.repository import Repository
 
+    began = time.perf_counter()
     folder = out or Path("demo") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; choose another folder with --out")
@@ -53,7 +54,7 @@ def demo(
     except KeyboardInterrupt:
         complain(f"what was made so far is in {folder}; remove it when you do not need it")
         raise
-    console.print(f"total {time.perf_counter() - _STARTED:.0f} s; open the report in a browser:")
+    console.print(f"total {time.perf_counter() - began:.0f} s; open the report in a browser:")
     typer.echo(page)
 
 
@@ -78,9 +79,6 @@ def configs() -> Path:
     """Return the folder of the recipes and plans that ship with the product: in the wheel, or in a checkout."""
     packaged = Path(__file__).parents[1] / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-_STARTED = time.perf_counter()
 
 
 def _say(step: int, what: str) -> None:
