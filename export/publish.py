@@ -21,7 +21,7 @@ from export import onnx_graph, parity, precision, tensorrt_plan
 from export.engines import open_engine
 from export.engines.base import CannotRunHere
 from export.manifest import Manifest, Parity, Source, Twin, sha256_of
-from training import checkpoint, data
+from training import augment, checkpoint, data, datasets
 
 if TYPE_CHECKING:
     from export.engines.base import Engine, Images, Logits
@@ -69,7 +69,7 @@ def publish_checkpoint(
         path = draft.folder / "model.onnx"
         shape, names = trained.input_shape, trained.class_names
         onnx_graph.onnx_from_module(trained.model, path, image_shape=shape, class_names=names)
-        shutil.copytree(run, draft.folder / _TWIN_FOLDER)
+        _copy_checkpoint(run, draft.folder / _TWIN_FOLDER)
         inputs, outputs = onnx_graph.specs(path)
         manifest = Manifest(
             model=name,
@@ -246,25 +246,34 @@ def _engine_answers(version: Version, proof: ImageSet) -> Logits:
         return parity.batched(engine, proof.images, batch=version.manifest.max_batch)
 
 
+def _copy_checkpoint(run: Path, folder: Path) -> None:
+    """Copy the weights and their record, without the metrics and pictures beside them."""
+    folder.mkdir()
+    for name in (checkpoint.WEIGHTS, checkpoint.RUN):
+        shutil.copy2(run / name, folder / name)
+
+
 def _not_run(reference: str, explanation: str) -> Parity:
     return Parity(status="not run", reference=reference, images="none", explanation=explanation)
 
 
 def images_for(run: Path | None, folder: Path | None, *, split: str, count: int) -> ImageSet:
     """Return images for calibration or parity: the user's folder, or the data set that the run was trained on."""
+    source = None if run is None else checkpoint.record(run).recipe.data
+    size = None if source is None else source.size
     if folder is not None:
-        return _subset(data.from_folder(folder), f"images of {folder.name}", count)
-    if run is None:
+        return _subset(data.from_folder(folder), f"images of {folder.name}", count, size=size)
+    if source is None:
         raise ValueError("this model has no training run to take images from; name a folder by --images")
-    source = checkpoint.record(run).recipe.data
     root = None if source.root is None else Path(source.root)
-    return _subset(data.load(source.name, split=split, root=root), f"{source.name} {split} images", count)
+    stored = datasets.find(source.name, split=split, root=root)
+    return _subset(stored, f"{source.name} {split} images", count, size=size)
 
 
-def _subset(stored: data.LabelledImages, description: str, count: int) -> ImageSet:
+def _subset(stored: data.Images, description: str, count: int, *, size: int | None) -> ImageSet:
     # Image folders are sorted by class: without a shuffle the first images would be of one class.
-    chosen = np.random.default_rng(0).permutation(len(stored.images))[:count]
-    images = data.unit_range(torch.from_numpy(stored.images[chosen])).numpy()
+    chosen = np.random.default_rng(0).permutation(len(stored))[:count]
+    images = augment.unit_range(torch.from_numpy(stored.subset(chosen).read(size).images)).numpy()
     return ImageSet(images, f"{len(chosen)} {description}")
 
 

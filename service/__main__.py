@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from service.commands import audit, demo, export, models, predict, serve, train
+from service.commands import audit, demo, explain, export, models, predict, serve, train
 from service.commands.console import complain
 from service.errors import ServiceError
 from service.version import VERSION
@@ -18,13 +18,17 @@ _EXPECTED = (ValueError, FileNotFoundError, FileExistsError, RuntimeError, OSErr
 
 # Which extra brings a package that the bare install does not have.
 _EXTRAS = {
+    "accelerate": "train",
     "dbos": "audit",
     "foolbox": "audit",
     "jinja2": "audit",
+    "matplotlib": "train",
     "onnxscript": "train",
     "safetensors": "train",
     "sklearn": "train",
     "starlette": "web",
+    "tensorboard": "train",
+    "timm": "train",
     "torch": "train",
     "torchvision": "train",
     "uvicorn": "web",
@@ -43,6 +47,7 @@ app = typer.Typer(
     add_completion=False,
 )
 train.register(app)
+explain.register(app)
 export.register(app)
 models.register(app)
 serve.register(app)

@@ -19,7 +19,22 @@ hypothesis.settings.load_profile("tenet")
 # Shapes in these modules' annotations are checked at each call. The hook must come before their first import, so it
 # stands here; models are left out because torch.fx traces them.
 install_import_hook(
-    ["training.augment", "training.data", "training.grouping", "training.inhibition"], "beartype.beartype"
+    [
+        "training.adversarial",
+        "training.archives",
+        "training.augment",
+        "training.augmix",
+        "training.batches",
+        "training.data",
+        "training.datasets",
+        "training.explain",
+        "training.grad_cam",
+        "training.grouping",
+        "training.inhibition",
+        "training.npz",
+        "training.stream",
+    ],
+    "beartype.beartype",
 )
 
 _RECIPE = """

@@ -1,4 +1,7 @@
-"""`python -m training RECIPE.toml --out RUN`: train a classifier, printing one line per epoch."""
+"""`python -m training RECIPE.toml --out RUN`: train a classifier, printing one line per epoch.
+
+The same under a launcher: `torchrun --nproc-per-node 2 -m training ...` or `accelerate launch -m training ...`.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,48 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from training import checkpoint, loop, recipe
+from training import loop, processes, recipe, signals
+from training.events import Advanced, EpochEnded, Event, TrainingEnded, TrainingStopped
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as shells have it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 2 failed, 130 interrupted."""
+    """Run the command and return its exit status: 0 done, 2 failed, 130 or 143 stopped by Ctrl-C or SIGTERM."""
     options = _parser().parse_args(arguments)
     try:
-        for event in loop.train(
-            recipe.read(options.recipe), out=options.out, device=options.device, resume=options.resume
-        ):
-            _say(_line(event), to=sys.stdout)
+        with signals.requests() as request:
+            for event in loop.train(
+                recipe.read(options.recipe),
+                out=options.out,
+                device=options.device,
+                resume=options.resume,
+                stop=request.made,
+            ):
+                _tell(event)
+        stopped = request.made.is_set() and not options.out.exists()
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, as of a device that is full
         for line in str(error).splitlines():
             _say(f"error: {line}", to=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = checkpoint.partial_path(options.out).exists()
-        way_on = "--resume goes on after the last whole epoch" if kept else "nothing was written"
-        _say(f"interrupted; {way_on}", to=sys.stderr)
+        _say("interrupted; --resume goes on from the last save, if there is one", to=sys.stderr)
         return INTERRUPTED
-    return 0
+    finally:
+        processes.leave()
+    return request.status if stopped else 0
 
 
-def _line(event: loop.Event) -> str:
-    subject = event.folder if isinstance(event, loop.TrainingEnded) else f"epoch {event.epoch}/{event.epochs}"
-    return f"{subject}: {event}"
+def _tell(event: Event) -> None:
+    match event:
+        case Advanced():
+            pass  # a log needs no more than a line per epoch
+        case EpochEnded():
+            _say(f"epoch {event.epoch}/{event.epochs}: {event}", to=sys.stdout)
+        case TrainingStopped():
+            _say(str(event), to=sys.stderr)
+        case TrainingEnded():
+            _say(f"{event.folder}: {event}", to=sys.stdout)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,11 +1,12 @@
 """What a training run leaves behind, and how to get it back.
 
-RUN/weights.safetensors    the model's parameters and buffers
-RUN/run.json               recipe, class names, input shape, metrics, versions, sha256 of the weights
-RUN.partial                one file: the state of a run that is still going on, or was interrupted
+RUN/weights.safetensors              the model's parameters and buffers
+RUN/run.json                         recipe, classes, input shape, data, metrics, versions, sha256 of the weights
+RUN/metrics.jsonl, tensorboard/, curves.png   how it went
+RUN.partial/state.safetensors        the state of a run that is still going on, or was interrupted
 
-Everything is written beside its place, flushed to the disk and renamed, so a reader sees all of it or
-nothing. Nothing is ever unpickled.
+Every file is written beside its place, flushed to the disk and renamed, and RUN.partial is renamed to RUN when all
+is in it: a reader sees all of it or nothing. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import uuid
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,24 +30,35 @@ from training import models
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
 WEIGHTS = "weights.safetensors"
 RUN = "run.json"
+STATE = "state.safetensors"
 PACKAGES = ("tenet", "torch", "safetensors", "numpy")  # whose versions a run records
 
 
+class Part(BaseModel):
+    """The images of a part of the data: how many, and the sha256 that tells them from others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    images: int
+    sha256: str
+
+
 class RunRecord(BaseModel):
-    """The contents of run.json."""
+    """The contents of run.json; `data` has the parts "training", "validation" and "test"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     recipe: Recipe
     class_names: tuple[str, ...]
     input_shape: tuple[int, int, int]
+    data: dict[str, Part]
     metrics: dict[str, float]
     versions: dict[str, str]
     sha256: str
@@ -68,37 +79,42 @@ class Checkpoint:
     sha256: str
 
 
-def save(
-    folder: Path,
+def finish(
+    partial: Path,
     *,
+    out: Path,
     model: nn.Module,
     recipe: Recipe,
     class_names: tuple[str, ...],
     input_shape: tuple[int, int, int],
+    data: Mapping[str, Part],
     metrics: Mapping[str, float],
 ) -> str:
-    """Write a new RUN folder and return the sha256 of its weights.
+    """Turn the folder of an unfinished run into the RUN folder `out`, and return the sha256 of its weights.
+
+    Whatever else is in it moves along; its state is removed, as nothing is left to be resumed.
 
     Raises:
         FileExistsError: something is there already.
+        OSError: a file cannot be written; the unfinished run is as it was.
     """
-    refuse_existing(folder)
+    refuse_existing(out)
     weights = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
     record = RunRecord(
         recipe=recipe,
         class_names=class_names,
         input_shape=input_shape,
+        data=dict(data),
         metrics=dict(metrics),
         versions=_versions(),
         sha256=hashlib.sha256(weights).hexdigest(),
     )
-    with _beside(folder) as temporary:
-        temporary.mkdir(parents=True)
-        _write(temporary / WEIGHTS, weights)
-        _write(temporary / RUN, (record.model_dump_json(indent=2) + "\n").encode())
-        _flush_folder(temporary)
-        temporary.rename(folder)
-    _flush_folder(folder.parent)
+    partial.mkdir(parents=True, exist_ok=True)
+    _write(partial / WEIGHTS, weights)
+    _write(partial / RUN, (record.model_dump_json(indent=2) + "\n").encode())
+    partial.rename(out)
+    _flush_folder(out.parent)
+    (out / STATE).unlink(missing_ok=True)
     return record.sha256
 
 
@@ -115,10 +131,10 @@ def load(folder: Path) -> Checkpoint:
     if sha256 != saved.sha256:
         msg = f"{folder / WEIGHTS}: expected sha256 {saved.sha256} as in {RUN}, got {sha256}; it has changed"
         raise ValueError(msg)
-    with torch.device("meta"):  # no weights are drawn only to be replaced
+    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
         model = models.build(saved.recipe.model, classes=len(saved.class_names))
     try:
-        model.load_state_dict(safetensors.torch.load(weights), assign=True)
+        model.load_state_dict(safetensors.torch.load(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:
         msg = f"{folder / WEIGHTS}: expected weights of the model in {RUN}, got others: {_first_line(error)}"
         raise ValueError(msg) from error
@@ -168,24 +184,21 @@ def refuse_existing(folder: Path) -> None:
 
 
 def partial_path(folder: Path) -> Path:
-    """Return where the unfinished state of the run `folder` is kept: beside it."""
+    """Return the folder in which the unfinished run `folder` is kept: beside it."""
     return folder.with_name(folder.name + ".partial")
 
 
-def save_partial(path: Path, *, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def save_state(path: Path, *, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write the state of an unfinished run, in place of an earlier one; `record` is of plain JSON values."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record)
     contents = safetensors.torch.save(plain, metadata={"record": text, "sha256": _seal(plain, text)})
-    with _beside(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, contents)
-        temporary.replace(path)
-    _flush_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, contents)
 
 
-def load_partial(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_partial` wrote.
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -202,13 +215,13 @@ def load_partial(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("its contents have changed")
         return tensors, json.loads(metadata["record"])
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise damaged_partial(path) from error
+        raise damaged_state(path) from error
 
 
-def damaged_partial(path: Path) -> ValueError:
+def damaged_state(path: Path) -> ValueError:
     """Return the error for an interrupted run that cannot be gone on with."""
     return ValueError(
-        f"{path}: expected the state of an interrupted run, got a damaged file; remove {path} and start again"
+        f"{path}: expected the state of an interrupted run, got a damaged file; remove {path.parent} and start again"
     )
 
 
@@ -232,23 +245,18 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Lend a path beside `path`; what is still there at the end is removed."""
+def _write(path: Path, contents: bytes) -> None:
+    """Write a file whole or not at all: beside its place, flushed, and renamed to it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield temporary
+        with temporary.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
+    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:

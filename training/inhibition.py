@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import grouping, models
+from training import cutting, grouping
 from training.recipe import Variant
 
 if TYPE_CHECKING:
@@ -66,8 +66,10 @@ def reversed_map(
     dtype, features = features.dtype, _at_least_single(features.detach())
     weights = _at_least_single(gradients.detach()).mean((2, 3))
     members = _members(group_ids, groups=groups, like=features)
-    importance = torch.einsum("bcg,bc->bg", members, weights)
-    maps = torch.einsum("bcg,bc,bchw->bghw", members, weights, features)
+    weighted = members * weights[:, :, None]
+    importance = weighted.sum(1)
+    with torch.autocast(features.device.type, enabled=False):  # sums over many channels need their precision
+        maps = torch.einsum("bcg,bchw->bghw", weighted, features)
     if variant == "paper":
         sizes = members.sum(1).clamp(min=1)
         importance, maps = importance / sizes, maps / sizes[:, :, None, None]
@@ -100,8 +102,9 @@ def orthogonality(
     features = _at_least_single(features)
     members = _members(group_ids, groups=groups, like=features)
     sizes = members.sum(1)
-    means = torch.einsum("bcg,bcn->bgn", members, features.flatten(2)) / sizes.clamp(min=1)[:, :, None]
-    products = torch.einsum("bgn,bkn->bgk", means, means).abs().triu(1)
+    with torch.autocast(features.device.type, enabled=False):
+        means = torch.einsum("bcg,bcn->bgn", members, features.flatten(2)) / sizes.clamp(min=1)[:, :, None]
+        products = torch.einsum("bgn,bkn->bgk", means, means).abs().triu(1)
     filled = (sizes > 0).sum(1)
     pairs = (filled * (filled - 1) / 2).clamp(min=1)
     return (products.sum((1, 2)) / pairs).mean()
@@ -157,6 +160,10 @@ class TenetStep:
             loss.backward()
             optimizer.step()
 
+    Batch statistics are counted by the pass whose loss is lowered: once in the body and once, of masked maps, in
+    the head. The analysis in between evaluates the head and leaves all statistics alone. With `exact` the body is
+    evaluated a first time, for the analysis, as in the published code.
+
     Args:
         model: a classifier; it keeps the modes that it is in.
         stage: path of the submodule whose output is inhibited, in a model that torch.fx can trace; None where
@@ -185,7 +192,7 @@ class TenetStep:
         generator: torch.Generator | None = None,
     ) -> None:
         _check_variant(variant)
-        self.body, self.head = models.own_parts(model) if stage is None else models.cut(model, stage=stage)
+        self.body, self.head = cutting.own_parts(model) if stage is None else cutting.cut(model, stage=stage)
         self.groups, self.variant, self.exact = groups, variant, exact
         self.lambda_tenet, self.lambda_orth = lambda_tenet, lambda_orth
         self.generator = generator
@@ -204,15 +211,73 @@ class TenetStep:
         Raises:
             ValueError: the stage does not put out maps, or fewer of them than there are groups.
         """
-        correct = (logits.argmax(1) == labels).nonzero().squeeze(1)
-        if len(correct) < FEWEST:
+        chosen = self.correct(logits, labels)
+        if len(chosen) < FEWEST:
             return None
-        images, labels = images[correct], labels[correct]
-        features, analysed = self._features(images)
+        return self.loss(images[chosen], labels[chosen])
+
+    def correct(
+        self, logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]
+    ) -> Int64[Tensor, " chosen"]:
+        """Return which images are classified correctly; waits for the device."""
+        return (logits.argmax(1) == labels).nonzero().squeeze(1)
+
+    def loss(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        labels: Int64[Tensor, " batch"],
+        *,
+        initial: Int64[Tensor, "batch groups"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss over all of these images, which the model classifies correctly.
+
+        `initial` are the channels that the centres start from, drawn from the generator where they are left out.
+
+        Raises:
+            ValueError: the stage does not put out maps, or fewer of them than there are groups.
+        """
+        if not self.exact:
+            features = self.body(images)
+            return self._inhibited(features, labels, analysed=features, initial=initial)
+        with evaluating(self.body), torch.no_grad():
+            analysed = self.body(images)
+        return self._inhibited(self.body(images), labels, analysed=analysed, initial=initial)
+
+    def fused_loss(
+        self,
+        features: Float[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"],
+        *,
+        initial: Int64[Tensor, "batch groups"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss from features that the body put out in the ordinary pass, of the images of `correct`.
+
+        Added to the ordinary loss, one backward pass serves both, and the body runs once in all. Both losses are
+        then of the weights before the step, where a step of its own takes those after the ordinary one.
+
+        Raises:
+            ValueError: the features are no maps, or fewer than there are groups.
+        """
+        return self._inhibited(features, labels, analysed=features, initial=initial)
+
+    def channels(self, images: Float[Tensor, "batch 3 height width"]) -> int:
+        """Return how many maps the stage puts out, so that one that cannot be inhibited is noticed before training.
+
+        Raises:
+            ValueError: the stage does not put out maps, or fewer of them than there are groups.
+        """
+        with evaluating(self.body), torch.no_grad():
+            features = self.body(images)
         self._check_features(features)
+        return int(features.shape[1])
+
+    def _inhibited(self, features: Tensor, labels: Tensor, *, analysed: Tensor, initial: Tensor | None) -> Tensor:
+        """Return the loss of `features` under the map that is made from `analysed`, which stays a constant."""
+        self._check_features(features)
+        analysed = analysed.detach()
         with evaluating(self.head):
             gradients = analysis_gradients(analysed, labels, head=self.head, variant=self.variant)
-        ids, _ = grouping.group_channels(analysed, self.groups, generator=self.generator)
+        ids, _ = grouping.group_channels(analysed, self.groups, initial=initial, generator=self.generator)
         return masked_loss(
             features,
             labels,
@@ -224,15 +289,6 @@ class TenetStep:
             lambda_orth=self.lambda_orth,
         )
 
-    def check(self, images: Float[Tensor, "batch 3 height width"]) -> None:
-        """Try the body on a few images, so that a stage that cannot be inhibited is noticed before training.
-
-        Raises:
-            ValueError: the stage does not put out maps, or fewer of them than there are groups.
-        """
-        with evaluating(self.body), torch.no_grad():
-            self._check_features(self.body(images))
-
     def _check_features(self, features: object) -> None:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         if not isinstance(features, Tensor) or features.ndim != 4:
@@ -243,15 +299,6 @@ class TenetStep:
             msg += f"matter of place, got {shape}; name an earlier stage, or take larger images"
             raise ValueError(msg)
         grouping.check_groups(self.groups, channels=features.shape[1])
-
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features that are masked, and those that the mask is made from."""
-        if not self.exact:
-            features = self.body(images)
-            return features, features.detach()
-        with evaluating(self.body), torch.no_grad():
-            analysed = self.body(images)
-        return self.body(images), analysed
 
 
 @contextlib.contextmanager

@@ -1,225 +1,317 @@
 """The one training loop, from a recipe to a RUN folder; it yields events and prints nothing.
 
-recipe -> data, model -> epochs of ordinary steps, each `interval`-th followed by a TENET step
+recipe -> data, model -> epochs of iterations, each `interval`-th with a TENET step
                       -> after each epoch: validate, keep the best weights, save RUN.partial, EpochEnded
                       -> the best weights on the test set, once; save RUN, TrainingEnded
+stop, at any iteration -> save RUN.partial, TrainingStopped
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
-from training import checkpoint, data
+from training import adversarial, augment, batches, checkpoint, curves, datasets
+from training import processes as launched
 from training import run as runs
-from training.inhibition import TenetStep
+from training.checkpoint import Part
+from training.events import Advanced, EpochEnded, Event, TrainingEnded, TrainingStopped
+from training.iteration import Iteration
+from training.metrics import Metrics
+from training.objective import Objective
+from training.recipe import PgdAdversarial
+from training.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import threading
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
 
-    from training.data import LabelledImages
-    from training.recipe import Recipe, Schedule
+    from training.batches import Source
+    from training.processes import Processes
+    from training.recipe import Recipe
     from training.run import Run
 
-WARM_UP = 0.3  # share of a one-cycle run in which the rate rises; PyTorch's OneCycleLR has the same
-FIRST_RATE = 0.04  # share of the peak that a one-cycle run starts from; PyTorch's 1 / div_factor
-PARTS = ("training", "validation", "test")
 EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies
+ADVANCE_SECONDS = 0.2  # between two Advanced; each waits for the device
+CHECK_EVERY = 50  # iterations between looks at whether the loss is still a number; each waits for the device
+AGREE_EVERY = 10  # batches between looks, of several processes together, at whether one was asked to stop
+VALIDATION_STEPS = 10  # of the attack that picks the best epoch of adversarial training
 
 
-@dataclass(frozen=True)
-class EpochEnded:
-    """An epoch is over.
-
-    Losses are means over the epoch's steps, `tenet_loss` None where it had no TENET step. `correct`, in
-    training, and `validation_accuracy` are shares in [0, 1]. `tenet_steps` and `seconds` are the run's.
-    """
-
-    epoch: int
-    epochs: int
-    loss: float
-    tenet_loss: float | None
-    correct: float
-    validation_accuracy: float
-    tenet_steps: int
-    seconds: float
-
-    def __str__(self) -> str:
-        tenet = "" if self.tenet_loss is None else f", TENET loss {self.tenet_loss:.3f}"
-        return f"loss {self.loss:.3f}{tenet}, validation accuracy {self.validation_accuracy:.2%}"
-
-
-@dataclass(frozen=True)
-class TrainingEnded:
-    """The run is over and `folder` is written; both accuracies, in [0, 1], are those of `best_epoch`."""
-
-    folder: Path
-    test_accuracy: float
-    validation_accuracy: float
-    best_epoch: int
-    seconds: float
-    tenet_steps: int
-    iterations: int
-    sha256: str
-
-    def __str__(self) -> str:
-        return (
-            f"test accuracy {self.test_accuracy:.2%} (epoch {self.best_epoch}, validation "
-            f"{self.validation_accuracy:.2%}), {self.iterations} iterations, {self.tenet_steps} TENET steps, "
-            f"{self.seconds:.0f} s"
-        )
-
-
-Event = EpochEnded | TrainingEnded
-
-
-def train(recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = False) -> Iterator[Event]:
+def train(
+    recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = False, stop: threading.Event | None = None
+) -> Iterator[Event]:
     """Train as the recipe says and write the RUN folder `out`; `resume` goes on with an interrupted run.
 
-    The iterator may be dropped at any time: what was done until the last epoch's end is in RUN.partial beside
-    `out`, and a resumed run ends with the same weights as an uninterrupted one. A finished run removes it.
+    Once `stop` is set, the run is saved after the iteration under way and ends with TrainingStopped. The iterator
+    may also be dropped at any time: what was done until the last epoch's end is in RUN.partial beside `out`. A
+    resumed run ends with the same weights as an uninterrupted one.
+
+    Where a launcher started several processes, each of them calls this; the first alone writes and yields events,
+    the others return when all is done.
 
     Raises:
-        ValueError: data, stage, device or interrupted run do not fit the recipe, `out` cannot be written, or the
-            loss diverges.
+        ValueError: data, model, stage, device or interrupted run do not fit the recipe, `out` cannot be written,
+            or the loss diverges.
         FileNotFoundError: the data are not there, or there is nothing to resume.
         FileExistsError: `out` exists or, without `resume`, its RUN.partial.
+        OSError: the disk is full; RUN.partial is as the last save left it.
     """
     checkpoint.refuse_existing(out)
     checkpoint.refuse_unwritable(out)
     partial = checkpoint.partial_path(out)
-    if partial.exists() and not resume:
+    interrupted = (partial / checkpoint.STATE).exists()
+    if interrupted and not resume:
         msg = f"{partial}: expected no interrupted run, got one; go on with it with --resume, or remove it"
         raise FileExistsError(msg)
-    if resume and not partial.exists():
+    if resume and not interrupted:
         msg = f"{partial}: expected an interrupted run, got none; start without --resume"
         raise FileNotFoundError(msg)
-    return _train(recipe, out=out, device=_device(device), resume=resume)
+    processes = launched.join(device)
+    launched.own_batch(recipe.training, processes)
+    processes.wait()  # the first process writes what the others have just looked for
+    events = _train(recipe, out=out, processes=processes, resume=resume, stop=stop)
+    return events if processes.main else _in_silence(events)
 
 
-def rate(share: float, *, schedule: Schedule) -> float:
-    """Return the learning rate, as a share of its peak, when `share` of the run is done."""
-    if schedule == "constant":
-        return 1.0
-    if share < WARM_UP:
-        return FIRST_RATE + (1 - FIRST_RATE) * (1 - math.cos(math.pi * share / WARM_UP)) / 2
-    return (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
+@dataclass(frozen=True)
+class _Work:
+    """What stays the same during a run."""
+
+    recipe: Recipe
+    out: Path
+    processes: Processes
+    sources: dict[str, Source]
+    fingerprints: dict[str, str]
+    steps: int  # batches in an epoch
+    total: int  # iterations in the run
+    stop: threading.Event | None
+
+    @property
+    def state(self) -> Path:
+        """Return where the run's state is kept."""
+        return checkpoint.partial_path(self.out) / checkpoint.STATE
 
 
-def _train(recipe: Recipe, *, out: Path, device: torch.device, resume: bool) -> Iterator[Event]:
-    training_set, validation_set, test_set = sets = _sets(recipe)
-    fingerprints = {part: images.fingerprint() for part, images in zip(PARTS, sets, strict=True)}
-    images, labels = _on_device(training_set, device)
-    validation = _on_device(validation_set, device)
-    partial = checkpoint.partial_path(out)
-    run = runs.begin(recipe, classes=len(training_set.class_names), device=device)
-    tenet = _tenet_step(recipe, run, images)
+def _train(
+    recipe: Recipe, *, out: Path, processes: Processes, resume: bool, stop: threading.Event | None
+) -> Iterator[Event]:
+    work = _work(recipe, out=out, processes=processes, stop=stop)
+    run = runs.begin(recipe, classes=len(work.sources["training"].class_names), processes=processes)
+    iteration = _iteration(work, run)
     if resume:
-        runs.take_up(run, partial, recipe=recipe, data=fingerprints)
-    with _threads(recipe.training.threads):
+        runs.take_up(run, work.state, recipe=recipe, data=work.fingerprints, processes=processes)
+    with _threads(recipe.training.threads), _metrics(work, run) as metrics:
         while run.progress.epoch < recipe.training.epochs:
-            began = time.perf_counter()
-            loss, tenet_loss, correct = _epoch(run, recipe, images, labels, tenet=tenet)
-            accuracy = _accuracy(run.model, *validation)
-            run.end_epoch(accuracy=accuracy, seconds=time.perf_counter() - began)
-            runs.preserve(run, partial, recipe=recipe, data=fingerprints)
-            yield EpochEnded(
-                epoch=run.progress.epoch,
-                epochs=recipe.training.epochs,
-                loss=loss,
-                tenet_loss=tenet_loss,
-                correct=correct,
-                validation_accuracy=accuracy,
-                tenet_steps=run.progress.tenet_steps,
-                seconds=run.progress.seconds,
-            )
-        ended = _finish(run, recipe, test_set, out=out, device=device)
-    partial.unlink(missing_ok=True)
-    yield ended
+            ended = yield from _epoch(work, run, iteration)
+            _preserve(work, run, metrics, ended)
+            yield ended
+            if isinstance(ended, TrainingStopped):
+                return
+        accuracy = _test(work, run)
+    if processes.main:
+        yield _finish(work, run, test_accuracy=accuracy)
+    processes.wait()
 
 
-def _epoch(
-    run: Run, recipe: Recipe, images: Tensor, labels: Tensor, *, tenet: TenetStep | None
-) -> tuple[float, float | None, float]:
-    """Go through the data once; return the mean ordinary loss, the mean TENET loss and the share correct."""
-    settings, progress = recipe.training, run.progress
-    iterations = settings.epochs * data.steps(len(images), batch_size=settings.batch_size)
-    losses, tenet_losses, correct = list[Tensor](), list[Tensor](), list[Tensor]()
-    run.model.train()
-    for x, y in data.batches(
-        images,
-        labels,
-        batch_size=settings.batch_size,
-        generator=run.shuffling,
-        crop_padding=settings.crop_padding,
-        flip=settings.flip,
-    ):
-        share = rate(progress.iterations / iterations, schedule=settings.schedule)
-        run.optimizer.param_groups[0]["lr"] = settings.learning_rate * share
-        logits = run.model(x)
-        losses.append(_step(run.optimizer, functional.cross_entropy(logits, y)))
-        correct.append((logits.argmax(1) == y).float().mean())
-        progress.iterations += 1
-        if tenet is not None and _due(recipe, progress.iterations):
-            tenet_loss = tenet(x, y, logits=logits.detach())
-            if tenet_loss is not None:
-                tenet_losses.append(_step(run.optimizer, tenet_loss))
-                progress.tenet_steps += 1
-    tenet_mean = _finite_mean(tenet_losses, run=run) if tenet_losses else None
-    return _finite_mean(losses, run=run), tenet_mean, torch.stack(correct).mean().item()
+def _in_silence(events: Iterator[Event]) -> Iterator[Event]:
+    """Do the work of a process that is not the main one, and tell nothing."""
+    for _ in events:
+        pass
+    return iter(())
 
 
-def _step(optimizer: torch.optim.SGD, loss: Tensor) -> Tensor:
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.detach()
-
-
-def _due(recipe: Recipe, iterations: int) -> bool:
-    tenet = recipe.tenet
-    return tenet is not None and iterations >= tenet.start and iterations % tenet.interval == 0
-
-
-def _finite_mean(losses: list[Tensor], *, run: Run) -> float:
-    mean = torch.stack(losses).mean().item()
-    if not math.isfinite(mean):
-        msg = f"loss: expected a finite number, got {mean} in epoch {run.progress.epoch + 1}; "
-        raise ValueError(msg + "lower training.learning_rate")
-    return mean
-
-
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that the model, left in evaluation mode, classifies correctly."""
-    model.eval()
-    with torch.inference_mode():
-        right = [
-            (model(data.unit_range(x)).argmax(1) == y).sum()
-            for x, y in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
-        ]
-    return int(torch.stack(right).sum()) / len(images)
-
-
-def _finish(run: Run, recipe: Recipe, test_set: LabelledImages, *, out: Path, device: torch.device) -> TrainingEnded:
-    """Test the best weights, for the first and only time, and save them."""
-    run.model.load_state_dict(run.best)
-    progress, accuracy = run.progress, _accuracy(run.model, *_on_device(test_set, device))
-    sha256 = checkpoint.save(
-        out,
-        model=run.model,
+def _work(recipe: Recipe, *, out: Path, processes: Processes, stop: threading.Event | None) -> _Work:
+    sources = {
+        part: batches.source(
+            images,
+            settings=recipe.data,
+            smallest_crop=recipe.augmentation.smallest_crop,
+            device=processes.device,
+        )
+        for part, images in datasets.parts(recipe.data, seed=recipe.training.seed).items()
+    }
+    steps = batches.steps(len(sources["training"]), batch_size=recipe.training.batch_size)
+    settings = recipe.adversarial
+    replays = settings.replays if settings is not None and settings.method == "free" else 1
+    work = _Work(
         recipe=recipe,
+        out=out,
+        processes=processes,
+        sources=sources,
+        fingerprints={part: source.fingerprint() for part, source in sources.items()},
+        steps=steps,
+        total=recipe.training.epochs * steps * replays,
+        stop=stop,
+    )
+    _refuse_no_tenet(recipe, iterations=work.total)
+    return work
+
+
+def _refuse_no_tenet(recipe: Recipe, *, iterations: int) -> None:
+    tenet = recipe.tenet
+    if tenet is not None and iterations - iterations % tenet.interval < max(tenet.start, 1):
+        msg = f"tenet.start: expected a TENET step in the run's {iterations} iterations, got none from "
+        msg += f"{tenet.start} with interval {tenet.interval}; lower them, or leave [tenet] out"
+        raise ValueError(msg)
+
+
+def _iteration(work: _Work, run: Run) -> Iteration:
+    images, _ = next(iter(work.sources["training"].evaluation(torch.arange(2), batch_size=2)))
+    objective = Objective(
+        run.model,
+        recipe=work.recipe,
+        processes=work.processes,
+        centres=run.generators["centres"],
+        example=augment.unit_range(images),
+    )
+    averaged = work.processes.averaging(objective)
+    return Iteration(work.recipe, run, objective, averaged, work.processes, work.total)
+
+
+def _epoch(work: _Work, run: Run, iteration: Iteration) -> Generator[Event, None, EpochEnded | TrainingStopped]:
+    """Go through the rest of an epoch; return what it ended with."""
+    settings, progress = work.recipe.training, run.progress
+    began, spoken, first = time.perf_counter(), time.perf_counter(), progress.iterations
+    before = progress.seconds
+    run.model.train()
+    for x, y in _batches(work, run):
+        if _asked_to_stop(work, run):
+            progress.seconds = before + time.perf_counter() - began
+            _refuse_nan(work, run)
+            return TrainingStopped(work.state.parent, progress.epoch + 1, progress.iterations, work.total)
+        iteration(x, y)
+        progress.batch += 1
+        if progress.iterations % CHECK_EVERY == 0:
+            _refuse_nan(work, run)
+        now = time.perf_counter()
+        if now - spoken > ADVANCE_SECONDS:
+            spoken = now
+            speed = (progress.iterations - first) * settings.batch_size / (now - began)
+            loss = float(run.sums[0] / run.sums[1])
+            yield Advanced(progress.epoch + 1, progress.iterations, work.total, loss, speed)
+    loss, tenet_loss, correct = _refuse_nan(work, run)
+    trained = time.perf_counter() - began
+    accuracy = _accuracy(work, run, "validation")
+    robust = None if work.recipe.adversarial is None else _accuracy(work, run, "validation", attacked=True)
+    run.end_epoch(accuracy=accuracy, robust_accuracy=robust)
+    progress.seconds = before + time.perf_counter() - began
+    return EpochEnded(
+        epoch=progress.epoch,
+        epochs=settings.epochs,
+        done=progress.iterations,
+        loss=loss,
+        tenet_loss=tenet_loss,
+        correct=correct,
+        validation_accuracy=accuracy,
+        robust_accuracy=robust,
+        learning_rate=run.optimizer.param_groups[0]["lr"],
+        images_per_second=(progress.iterations - first) * settings.batch_size / trained,
+        tenet_steps=progress.tenet_steps,
+        seconds=progress.seconds,
+    )
+
+
+def _batches(work: _Work, run: Run) -> batches.Batches:
+    """Return what is left of the epoch, this process's part of each batch."""
+    settings, progress = work.recipe.training, run.progress
+    source = work.sources["training"]
+    order = batches.order(len(source), batch_size=settings.batch_size, seed=settings.seed, epoch=progress.epoch)
+    left = order[progress.batch * settings.batch_size :]
+    own = batches.own(left, settings.batch_size, work.processes.number, work.processes.count)
+    size = launched.own_batch(settings, work.processes)
+    return source.training(own, batch_size=size, seed=settings.seed, epoch=progress.epoch)
+
+
+def _asked_to_stop(work: _Work, run: Run) -> bool:
+    """Say whether to stop before this batch: if any process was asked to, all stop at the same one."""
+    asked = work.stop is not None and work.stop.is_set()
+    if work.processes.count == 1:
+        return asked
+    return run.progress.batch % AGREE_EVERY == 0 and sum(work.processes.each(int(asked))) > 0
+
+
+def _refuse_nan(work: _Work, run: Run) -> tuple[float, float | None, float]:
+    """Return the epoch's mean loss, mean TENET loss and share correct so far, of all processes.
+
+    Raises:
+        ValueError: a loss is not a number.
+    """
+    loss, images, correct, tenet_loss, tenet_steps = work.processes.sum(run.sums).tolist()
+    if not math.isfinite(loss + tenet_loss):
+        kept = f"epoch {run.progress.epoch} is kept in {work.state.parent}" if run.progress.epoch else "nothing is kept"
+        msg = f"loss: expected a finite number, got {loss / images} in epoch {run.progress.epoch + 1}; "
+        raise ValueError(msg + f"lower training.learning_rate ({kept})")
+    images = max(images, 1)
+    return loss / images, tenet_loss / tenet_steps if tenet_steps else None, correct / images
+
+
+def _accuracy(work: _Work, run: Run, part: str, *, attacked: bool = False) -> float:
+    """Return the share of a part's images that the model, left in evaluation mode, classifies correctly.
+
+    `attacked` perturbs them within the recipe's epsilon first, by a short attack from no random start.
+    """
+    source, processes = work.sources[part], work.processes
+    indices = torch.arange(len(source))[processes.number :: processes.count]
+    model = run.deployed.eval()
+    right = torch.zeros((), dtype=torch.int64, device=processes.device)
+    for images, labels in source.evaluation(indices, batch_size=EVALUATION_BATCH):
+        x = augment.unit_range(images)
+        if attacked:
+            attack = _validation_attack(work.recipe)
+            x = adversarial.pgd(x, labels, model=model, settings=attack, stream=Stream(run.generators["attack"]))
+        with torch.inference_mode():
+            right += (model(x).argmax(1) == labels).sum()
+    return int(processes.sum(right)) / len(source)
+
+
+def _validation_attack(recipe: Recipe) -> PgdAdversarial:
+    assert recipe.adversarial is not None
+    epsilon = recipe.adversarial.epsilon
+    return PgdAdversarial(
+        method="pgd", epsilon=epsilon, steps=VALIDATION_STEPS, step_size=epsilon / 4, random_start=False
+    )
+
+
+def _preserve(work: _Work, run: Run, metrics: Metrics | None, ended: EpochEnded | TrainingStopped) -> None:
+    """Write down how an epoch went, then the state: a resumed run drops the metrics of epochs after its state."""
+    try:
+        if isinstance(ended, EpochEnded) and metrics is not None:
+            metrics.epoch(asdict(ended))
+        runs.preserve(run, work.state, recipe=work.recipe, data=work.fingerprints, processes=work.processes)
+    except OSError as error:
+        kept = f"{work.state.parent} is as it was" if work.state.exists() else "nothing is kept"
+        msg = f"{work.state}: the run cannot be saved: {error.strerror}; {kept}; make room, and go on with --resume"
+        raise OSError(error.errno, msg) from error
+
+
+def _test(work: _Work, run: Run) -> float:
+    """Test the best epoch's weights, once."""
+    run.deployed.load_state_dict(run.best)
+    return _accuracy(work, run, "test")
+
+
+def _finish(work: _Work, run: Run, *, test_accuracy: float) -> TrainingEnded:
+    progress, test_set = run.progress, work.sources["test"]
+    partial = work.state.parent
+    curves.draw(partial, best_epoch=progress.best_epoch, test_accuracy=test_accuracy)
+    sha256 = checkpoint.finish(
+        partial,
+        out=work.out,
+        model=run.deployed,
+        recipe=work.recipe,
         class_names=test_set.class_names,
-        input_shape=(3, *test_set.images.shape[1:3]),  # both are those of the training set
+        input_shape=test_set.input_shape,  # both are those of the training set
+        data={name: Part(images=len(s), sha256=work.fingerprints[name]) for name, s in work.sources.items()},
         metrics={
-            "test_accuracy": accuracy,
+            "test_accuracy": test_accuracy,
             "test_images": len(test_set),
             "validation_accuracy": progress.best_accuracy,
             "best_epoch": progress.best_epoch,
@@ -229,8 +321,8 @@ def _finish(run: Run, recipe: Recipe, test_set: LabelledImages, *, out: Path, de
         },
     )
     return TrainingEnded(
-        folder=out,
-        test_accuracy=accuracy,
+        folder=work.out,
+        test_accuracy=test_accuracy,
         validation_accuracy=progress.best_accuracy,
         best_epoch=progress.best_epoch,
         seconds=progress.seconds,
@@ -240,66 +332,20 @@ def _finish(run: Run, recipe: Recipe, test_set: LabelledImages, *, out: Path, de
     )
 
 
-def _tenet_step(recipe: Recipe, run: Run, images: Tensor) -> TenetStep | None:
-    settings = recipe.tenet
-    if settings is None:
-        return None
-    iterations = recipe.training.epochs * data.steps(len(images), batch_size=recipe.training.batch_size)
-    last = iterations - iterations % settings.interval
-    if last < max(settings.start, 1):
-        msg = f"tenet.start: expected a TENET step in the run's {iterations} iterations, got none from "
-        msg += f"{settings.start} with interval {settings.interval}; lower them, or leave [tenet] out"
-        raise ValueError(msg)
-    tenet = TenetStep(
-        run.model,
-        stage=settings.stage,
-        groups=settings.groups,
-        variant=settings.variant,
-        lambda_tenet=settings.lambda_tenet,
-        lambda_orth=settings.lambda_orth,
-        exact=settings.exact,
-        generator=run.centres,
-    )
-    tenet.check(data.unit_range(images[:2]))
-    return tenet
-
-
-def _sets(recipe: Recipe) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
-    """Return the images to train, to validate and to test with."""
-    whole, test = _load(recipe, split="train"), _load(recipe, split="test")
-    for what, expected, got in (
-        ("classes", whole.class_names, test.class_names),
-        ("height, width and channels", whole.images.shape[1:], test.images.shape[1:]),
-    ):
-        if got != expected:
-            msg = f"data.root: expected the {what} of the training split, {expected}, in the test split, got {got}; "
-            raise ValueError(msg + f"make them alike in {recipe.data.root}")
-    kept, held = data.stratified(whole.labels, fraction=recipe.data.validation, seed=recipe.training.seed)
-    if len(held) == 0:
-        msg = f"data: expected a class with an image to validate with, got {len(whole)} images, one per class"
-        raise ValueError(msg)
-    return whole.subset(kept), whole.subset(held), test
-
-
-def _load(recipe: Recipe, *, split: str) -> LabelledImages:
-    root = None if recipe.data.root is None else Path(recipe.data.root)
-    return data.load(recipe.data.name, split=split, root=root)
-
-
-def _on_device(images: LabelledImages, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(images.images).to(device), torch.from_numpy(images.labels).to(device)
-
-
-def _device(name: str) -> torch.device:
+@contextlib.contextmanager
+def _metrics(work: _Work, run: Run) -> Iterator[Metrics | None]:
+    """Open the metrics of the run, in the main process."""
+    if not work.processes.main:
+        yield None
+        return
+    partial = work.state.parent
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        device = torch.empty(0, device=name).device
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-    except (RuntimeError, AssertionError) as error:  # of an unknown name, and of CUDA where there is none
-        reason = str(error).split("\n", maxsplit=1)[0]
-        msg = f"device: expected one that this machine has, got {name!r}: {reason}"
-        raise ValueError(msg) from error
-    return device
+        with Metrics(partial, resume_after=run.progress.epoch) as metrics:
+            yield metrics
+    finally:
+        if not work.state.exists():  # nothing that could be resumed
+            shutil.rmtree(partial)
 
 
 @contextlib.contextmanager

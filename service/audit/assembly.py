@@ -44,7 +44,7 @@ def assemble(auditor: Auditor, results: Sequence[ShardResult], *, provenance: di
     if auditor.reference_version is not None:
         differential = _differential(auditor.reference_version, clean, by_kind["corruption"], seed=plan.data.seed)
     draft = Report(
-        audit={"plan": plan.model_dump(mode="json", exclude={"target": {"repository"}, "data": {"folder"}})},
+        audit={"plan": plan.model_dump(mode="json", exclude={"target": {"repository"}, "data": {"folder", "root"}})},
         target=_engine(auditor.version),
         data=_data(plan, n=len(auditor.samples)),
         clean=_proportion(_bits(clean.correct)),

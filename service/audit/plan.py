@@ -22,6 +22,9 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# Pixels a side, as in a training recipe.
+_SMALLEST_SIZE, _LARGEST_SIZE = 8, 4096
+
 # Short numbers only: an exact fraction of 1e99999999 would take for ever.
 _EPSILON = re.compile(r"\d{1,6}(\.\d{1,12})?(e-\d{1,2})?(/[1-9]\d{0,6})?")
 
@@ -63,11 +66,16 @@ class Target(_Table):
 
 
 class Data(_Table):
-    """Which images: a named data set's split, or a folder of class folders; stratified, seeded."""
+    """Which images: a named data set's split, or a folder of class folders; stratified, seeded.
+
+    With `size`, images of files are resized and cropped at the centre to that many pixels a side.
+    """
 
     dataset: str | None = None
     split: Literal["train", "test"] = "test"
+    root: Path | None = None
     folder: Path | None = None
+    size: int | None = Field(default=None, ge=_SMALLEST_SIZE, le=_LARGEST_SIZE)
     samples: int = Field(default=1000, ge=2)
     seed: int = Field(default=0, ge=0)
 
@@ -75,6 +83,8 @@ class Data(_Table):
     def _one_source(self) -> Self:
         if (self.dataset is None) == (self.folder is None):
             raise ValueError("expected either 'dataset' or 'folder', got both or neither; keep one")
+        if self.root is not None and self.dataset is None:
+            raise ValueError("expected 'root' beside 'dataset', got it beside 'folder'; leave it out")
         return self
 
 
@@ -182,7 +192,7 @@ def parse(text: str, *, source: str = "plan") -> Plan:
 
 
 def read(path: Path) -> Plan:
-    """Read a plan from a file; a relative folder in it is relative to the file.
+    """Read a plan from a file; a relative folder or root in it is relative to the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -191,18 +201,15 @@ def read(path: Path) -> Plan:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected an audit plan here, found none")
     plan = parse(read_text(path), source=str(path))
-    return plan if plan.data.folder is None else with_folder(plan, (path.parent / plan.data.folder).resolve())
+    places = {"folder": plan.data.folder, "root": plan.data.root}
+    found = {key: (path.parent / place).resolve() for key, place in places.items() if place is not None}
+    return plan.model_copy(update={"data": plan.data.model_copy(update=found)})
 
 
 def to_toml(plan: Plan) -> str:
     """Return a plan as TOML, without the repository: a server audits its own."""
     table = plan.model_dump(mode="json", exclude={"target": {"repository"}}, exclude_none=True)
     return tomli_w.dumps(table)
-
-
-def with_folder(plan: Plan, folder: Path) -> Plan:
-    """Return the plan with its image folder replaced."""
-    return plan.model_copy(update={"data": plan.data.model_copy(update={"folder": folder})})
 
 
 def pinned(plan: Plan, *, version: int, reference_version: int | None) -> Plan:

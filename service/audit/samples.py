@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
-from training import data
+from training import augment, data, datasets
 
 if TYPE_CHECKING:
     from service.audit.plan import Data
-    from training.data import LabelledImages
+    from training.data import Images
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Samples:
 
 def as_input(images: UInt8[np.ndarray, "n height width 3"]) -> Float32[np.ndarray, "n 3 height width"]:
     """Return images as a model takes them: float32 NCHW in [0, 1]."""
-    return data.unit_range(torch.from_numpy(images)).numpy()
+    return augment.unit_range(torch.from_numpy(images)).numpy()
 
 
 def load(source: Data, *, class_names: tuple[str, ...]) -> Samples:
@@ -42,16 +42,20 @@ def load(source: Data, *, class_names: tuple[str, ...]) -> Samples:
 
     Raises:
         FileNotFoundError: the data is not there.
-        ValueError: the data's classes are not among the model's.
+        ValueError: there is no such data set, an image cannot be used, or the data's classes are not among the
+            model's.
     """
-    if source.folder is not None:
-        stored = data.from_folder(source.folder)
-    else:
-        assert source.dataset is not None
-        stored = data.load(source.dataset, split=source.split)
+    stored = _stored(source)
     labels = _relabelled(stored, class_names)
     chosen = stratified(labels, samples=source.samples, seed=source.seed)
-    return Samples(stored.images[chosen], labels[chosen], chosen)
+    return Samples(stored.subset(chosen).read(source.size).images, labels[chosen], chosen)
+
+
+def _stored(source: Data) -> Images:
+    if source.folder is not None:
+        return data.from_folder(source.folder)
+    assert source.dataset is not None
+    return datasets.find(source.dataset, split=source.split, root=source.root)
 
 
 def stratified(labels: Int64[np.ndarray, " n"], *, samples: int, seed: int) -> Int64[np.ndarray, " m"]:
@@ -66,7 +70,7 @@ def stratified(labels: Int64[np.ndarray, " n"], *, samples: int, seed: int) -> I
     return rng.permutation(chosen).astype(np.int64)
 
 
-def _relabelled(stored: LabelledImages, class_names: tuple[str, ...]) -> Int64[np.ndarray, " n"]:
+def _relabelled(stored: Images, class_names: tuple[str, ...]) -> Int64[np.ndarray, " n"]:
     missing = sorted(set(stored.class_names) - set(class_names))
     if missing:
         raise ValueError(

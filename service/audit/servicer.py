@@ -91,10 +91,11 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         """
         try:
             plan = plans.parse(text)
-            if plan.data.folder is not None and not self._folders:
+            place = "folder" if plan.data.folder is not None else "root" if plan.data.root is not None else None
+            if place is not None and not self._folders:
                 raise InvalidArgument(
-                    "plan: data.folder: this server listens beyond its own machine and reads no folders for others; "
-                    "name a data set"
+                    f"plan: data.{place}: this server listens beyond its own machine and reads no folders for others; "
+                    "name a data set that needs none"
                 )
             target = self._repository.find(plan.target.model, plan.target.version).manifest
             reference_version = None

@@ -141,9 +141,9 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 def _classify(client: Client, model: str) -> str:
     from service.audit import samples
-    from training import data
+    from training import datasets
 
-    test = data.load("digits", split="test")
+    test = datasets.load("digits", split="test")
     began = time.perf_counter()
     logits = client.infer(samples.as_input(test.images), model=model)
     seconds = time.perf_counter() - began

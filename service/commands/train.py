@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.console import complain, console, progress
+from service.commands.console import console, progress
 
 if TYPE_CHECKING:
-    from training.loop import TrainingEnded
+    import threading
+
+    from service.commands.console import Tick
+    from training.events import Event, TrainingEnded, TrainingStopped
     from training.recipe import Recipe
 
 
@@ -28,29 +31,53 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a classifier, with TENET group-wise inhibition if the recipe says so."""
-    from training import checkpoint
-    from training import recipe as recipes
+    """Train a classifier, with TENET group-wise inhibition if the recipe says so.
 
-    try:
-        ended = run(recipes.read(recipe), out=out, device=device, resume=resume)
-    except KeyboardInterrupt:
-        if checkpoint.partial_path(out).exists():
-            complain("the epochs that are done are kept; go on with the same command and --resume")
-        raise
+    Ctrl-C, or SIGTERM, saves the run after the iteration under way; a second one stops at once.
+    """
+    from training import recipe as recipes
+    from training import signals
+    from training.events import TrainingStopped
+
+    with signals.requests() as request:
+        ended = run(recipes.read(recipe), out=out, device=device, resume=resume, stop=request.made)
+    if isinstance(ended, TrainingStopped):
+        typer.echo(str(ended), err=True)
+        raise typer.Exit(request.status)
     if as_json:
         typer.echo(json.dumps({"run": str(ended.folder), "test_accuracy": ended.test_accuracy, "sha256": ended.sha256}))
     else:
         console.print(f"{ended.folder}: {ended}", soft_wrap=True)
 
 
-def run(recipe: Recipe, *, out: Path, device: str = "cpu", resume: bool = False) -> TrainingEnded:
+def run(
+    recipe: Recipe,
+    *,
+    out: Path,
+    device: str = "cpu",
+    resume: bool = False,
+    stop: threading.Event | None = None,
+) -> TrainingEnded | TrainingStopped:
     """Train with a progress bar and return the last event."""
     from training import loop
+    from training.events import TrainingEnded, TrainingStopped
 
-    with progress("training", total=recipe.training.epochs) as tick:
-        for event in loop.train(recipe, out=out, device=device, resume=resume):
-            if isinstance(event, loop.TrainingEnded):
+    with progress("training", total=None) as tick:
+        for event in loop.train(recipe, out=out, device=device, resume=resume, stop=stop):
+            if isinstance(event, TrainingEnded | TrainingStopped):
                 return event
-            tick(event.epoch, str(event))
-    raise AssertionError("a training run ends with TrainingEnded")
+            _show(event, tick)
+    raise typer.Exit  # of several processes, only the main one is told anything
+
+
+def _show(event: Event, tick: Tick) -> None:
+    """Move the bar with the iterations and leave a line for each epoch above it; a log has the lines alone."""
+    from training.events import Advanced, EpochEnded
+
+    if isinstance(event, Advanced) and console.is_terminal:
+        tick(event.done, str(event), total=event.total)
+    elif isinstance(event, EpochEnded):
+        if console.is_terminal:
+            console.print(f"epoch {event.epoch}/{event.epochs}: {event}", soft_wrap=True)
+        else:
+            tick(event.epoch, str(event), total=event.epochs)

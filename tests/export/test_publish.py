@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from export import onnx_graph, parity, publish
 from export.engines import open_engine
-from training import checkpoint, data
+from training import augment, checkpoint, datasets
 
 if TYPE_CHECKING:
     from export.engines.base import Images
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _digits(count: int) -> Images:
-    return data.unit_range(torch.from_numpy(data.load("digits", split="test").images[:count])).numpy()
+    return augment.unit_range(torch.from_numpy(datasets.load("digits", split="test").images[:count])).numpy()
 
 
 def test_the_engine_answers_as_the_checkpoint(digits_models: Repository, digits_run: Path) -> None:
@@ -69,6 +72,29 @@ def test_the_onnx_file_holds_no_path_and_is_the_same_every_time(
     onnx_graph.onnx_from_module(trained.model, again, image_shape=trained.input_shape, class_names=trained.class_names)
     assert again.read_bytes() == published
     assert not re.search(rb"site-packages|\.py\b|" + str(Path.cwd()).encode(), published)
+
+
+def test_images_for_a_proof_are_those_that_the_run_was_tested_with(digits_run: Path, tmp_path: Path) -> None:
+    for split in datasets.SPLITS:
+        for name in ("cat", "dog"):
+            for index in range(6):
+                path = tmp_path / "images" / split / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                level = 100 * (split == "test") + 50 * (name == "dog") + index
+                Image.new("L", (20 + index, 30), level).save(path)
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
+    record = json.loads((run / checkpoint.RUN).read_text())
+    record["recipe"]["data"] = {"name": "folder", "root": str(tmp_path / "images"), "size": 16}
+    (run / checkpoint.RUN).write_text(json.dumps(record))
+    proof = publish.images_for(run, None, split="test", count=9)
+    assert proof.images.shape == (9, 3, 16, 16)
+    assert proof.description == "9 folder test images"
+    levels = {round(float(image.mean() * 255)) for image in proof.images}
+    assert len(levels) == 9
+    assert levels <= {*range(100, 106), *range(150, 156)}
+    own = publish.images_for(run, tmp_path / "images" / "train", split="test", count=99)
+    assert own.images.shape == (12, 3, 16, 16)
+    assert own.images.max() * 255 < 60
 
 
 def test_a_variant_that_does_not_agree_is_refused_and_nothing_is_published(
@@ -146,10 +172,7 @@ def test_variants_of_variants_and_unknown_combinations_are_refused(own_models: R
 def test_a_corrupt_checkpoint_is_refused_and_nothing_is_published(
     digits_run: Path, own_models: Repository, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    for path in digits_run.iterdir():
-        (run / path.name).write_bytes(path.read_bytes())
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
     weights = bytearray((run / "weights.safetensors").read_bytes())
     weights[-1] ^= 1
     (run / "weights.safetensors").write_bytes(weights)

@@ -54,7 +54,8 @@ def template(colours: Path) -> dict[str, Any]:
     return {
         "data": {"name": "folder", "root": str(colours), "validation": 0.25},
         "model": {"depth": 8, "width": 4},
-        "training": {"epochs": 4, "batch_size": 8, "learning_rate": 0.05, "crop_padding": 1, "threads": 1},
+        "training": {"epochs": 4, "batch_size": 8, "learning_rate": 0.05, "threads": 1},
+        "augmentation": {"crop_padding": 1},
         "tenet": {"stage": "layer2", "groups": 3, "interval": 2, "start": 2},
     }
 

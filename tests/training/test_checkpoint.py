@@ -31,12 +31,14 @@ def folder(tmp_path: Path, model: nn.Module, recipe: Recipe) -> Path:
 
 
 def save(folder: Path, model: nn.Module, recipe: Recipe) -> Path:
-    checkpoint.save(
-        folder,
+    checkpoint.finish(
+        checkpoint.partial_path(folder),
+        out=folder,
         model=model,
         recipe=recipe,
         class_names=NAMES,
         input_shape=(3, 12, 12),
+        data={"training": checkpoint.Part(images=36, sha256="f0")},
         metrics={"test_accuracy": 0.75, "iterations": 9},
     )
     return folder
@@ -66,6 +68,7 @@ def test_a_record_is_read_without_the_weights(folder: Path, recipe: Recipe) -> N
     (folder / "weights.safetensors").unlink()
     record = checkpoint.record(folder)
     assert (record.recipe, record.class_names, record.input_shape) == (recipe, NAMES, (3, 12, 12))
+    assert record.data == {"training": checkpoint.Part(images=36, sha256="f0")}
 
 
 def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
@@ -79,7 +82,7 @@ def test_a_run_is_never_overwritten(folder: Path, model: nn.Module, recipe: Reci
         save(folder, model, recipe)
 
 
-def test_an_interrupted_save_leaves_nothing(
+def test_an_interrupted_save_leaves_no_half_file(
     tmp_path: Path, model: nn.Module, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(_: int) -> None:
@@ -88,7 +91,7 @@ def test_an_interrupted_save_leaves_nothing(
     monkeypatch.setattr("os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "run", model, recipe)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_flipped_bit_in_the_weights_is_noticed(folder: Path) -> None:
@@ -134,27 +137,38 @@ def test_an_unknown_key_in_the_record_is_refused(folder: Path) -> None:
         checkpoint.load(folder)
 
 
-def test_a_partial_is_one_file_that_is_replaced_whole(tmp_path: Path) -> None:
-    path = checkpoint.partial_path(tmp_path / "run")
+def test_a_state_is_one_file_that_is_replaced_whole(tmp_path: Path) -> None:
+    path = checkpoint.partial_path(tmp_path / "run") / checkpoint.STATE
     for value in (1.0, 2.0):
-        checkpoint.save_partial(path, tensors={"a": torch.full((2,), value)}, record={"epoch": int(value)})
-    tensors, record = checkpoint.load_partial(path)
+        checkpoint.save_state(path, tensors={"a": torch.full((2,), value)}, record={"epoch": int(value)})
+    tensors, record = checkpoint.load_state(path)
     assert torch.equal(tensors["a"], torch.full((2,), 2.0))
     assert record == {"epoch": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["run.partial"]
+    assert [p.name for p in path.parent.iterdir()] == [checkpoint.STATE]
 
 
-def test_a_damaged_partial_is_one_line(tmp_path: Path) -> None:
-    path = checkpoint.partial_path(tmp_path / "run")
-    checkpoint.save_partial(path, tensors={"a": torch.zeros(2)}, record={"epoch": 1})
+def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
+    path = checkpoint.partial_path(tmp_path / "run") / checkpoint.STATE
+    checkpoint.save_state(path, tensors={"a": torch.zeros(2)}, record={"epoch": 1})
     whole = path.read_bytes()
     for index in range(len(whole)):
         path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
         with pytest.raises(ValueError, match=r"got a damaged file; remove .*run\.partial and start again") as caught:
-            checkpoint.load_partial(path)
+            checkpoint.load_state(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole[:-3])
     with pytest.raises(ValueError, match="expected the state of an interrupted run, got a damaged file"):
-        checkpoint.load_partial(path)
+        checkpoint.load_state(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        checkpoint.load_partial(tmp_path / "none.partial")
+        checkpoint.load_state(tmp_path / "none.partial" / checkpoint.STATE)
+
+
+def test_what_lies_in_an_unfinished_run_moves_along_and_its_state_goes(
+    tmp_path: Path, model: nn.Module, recipe: Recipe
+) -> None:
+    partial = checkpoint.partial_path(tmp_path / "run")
+    checkpoint.save_state(partial / checkpoint.STATE, tensors={}, record={})
+    (partial / "metrics.jsonl").write_text("{}\n")
+    folder = save(tmp_path / "run", model, recipe)
+    assert {path.name for path in folder.iterdir()} == {"weights.safetensors", "run.json", "metrics.jsonl"}
+    assert not partial.exists()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from training import grouping, inhibition, models
-from training.recipe import Model
+from training import cutting, grouping, inhibition, models
+from training.recipe import ResNet
 
 if TYPE_CHECKING:
     from training.recipe import Variant
@@ -23,7 +23,7 @@ def seeded(seed: int) -> torch.Generator:
 def build() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return models.build(Model(depth=8, width=4), classes=3)
+        return models.build(ResNet(depth=8, width=4), classes=3)
 
 
 def batch(count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +191,10 @@ def modes_of_calls(module: nn.Module) -> list[bool]:
 def test_a_step_runs_the_body_once_or_as_published_twice(exact: bool, modes: list[bool]) -> None:  # noqa: FBT001
     model = build().train()
     tenet = inhibition.TenetStep(model, stage="layer2", groups=3, exact=exact, generator=seeded(0))
-    body, head = modes_of_calls(model.get_submodule("layer1.0.conv1")), modes_of_calls(model.get_submodule("fc"))
+    body, head = (
+        modes_of_calls(model.get_submodule("network.layer1.0.conv1")),
+        modes_of_calls(model.get_submodule("network.fc")),
+    )
     images, labels, logits = batch()
     assert tenet(images, labels, logits=logits) is not None
     assert body == modes
@@ -238,7 +241,7 @@ def test_batch_statistics_see_a_batch_once(exact: bool) -> None:  # noqa: FBT001
 
 def test_the_analysis_pass_leaves_the_head_as_it_was() -> None:
     model = build().train()
-    body, head = models.cut(model, stage="layer2")
+    body, head = cutting.cut(model, stage="layer2")
     images, labels, _ = batch()
     features = body(images)
     before = {name: buffer.clone() for name, buffer in head.named_buffers()}
@@ -336,12 +339,12 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             tenet(images, labels, logits=logits)
         with pytest.raises(ValueError, match=message):
-            tenet.check(images)
+            tenet.channels(images)
 
 
-def test_a_check_leaves_the_model_as_it_is() -> None:
+def test_channels_are_counted_and_the_model_stays_as_it_is() -> None:
     model = build().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    inhibition.TenetStep(model, stage="layer2").check(batch()[0])
+    assert inhibition.TenetStep(model, stage="layer2").channels(batch()[0]) == 8
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())

@@ -50,19 +50,19 @@ def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, capsys: 
         assert message in line
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("CUDA out of memory"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA out of memory"), OSError(13, "Permission denied")])
 def test_a_failure_of_the_machine_is_one_line_and_status_2(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise failure
 
-    monkeypatch.setattr("training.checkpoint.save_partial", fail)
+    monkeypatch.setattr("training.checkpoint.finish", fail)
     assert main([str(file), "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: {failure}\n"
 
 
-def test_an_interrupt_is_one_line_and_status_130_and_can_be_resumed(
+def test_a_second_interrupt_is_one_line_and_status_130_and_can_be_resumed(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -71,14 +71,10 @@ def test_an_interrupt_is_one_line_and_status_130_and_can_be_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.loop.train", interrupt)
-        assert main([str(file), "--out", str(out)]) == 130
-    assert capsys.readouterr().err == "interrupted; nothing was written\n"
-    with monkeypatch.context() as patch:
-        patch.setattr("training.loop.EpochEnded.__str__", interrupt)
+        patch.setattr("training.events.EpochEnded.__str__", interrupt)
         assert main([str(file), "--out", str(out)]) == 130
     captured = capsys.readouterr()
-    assert captured.err == "interrupted; --resume goes on after the last whole epoch\n"
+    assert captured.err == "interrupted; --resume goes on from the last save, if there is one\n"
     assert not out.exists()
     assert main([str(file), "--out", str(out), "--resume"]) == 0
     assert capsys.readouterr().out.startswith("epoch 2/2")

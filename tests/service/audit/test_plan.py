@@ -33,6 +33,11 @@ def test_every_plan_that_ships_is_sound_and_survives_the_wire(path: Path) -> Non
         (MINIMAL.replace('"m"', '"../m"'), r"plan: target\.model: model name '\.\./m': expected letters"),
         ('[target]\nmodel = "m"\n[data]\n', "plan: data: expected either 'dataset' or 'folder'"),
         (MINIMAL + 'folder = "x"\n', "expected either 'dataset' or 'folder', got both"),
+        (
+            MINIMAL.replace("dataset", "folder") + 'root = "x"\n',
+            "expected 'root' beside 'dataset', got it beside 'folder'",
+        ),
+        (MINIMAL + "size = 7\n", r"plan: data\.size: .*got 7"),
         (MINIMAL + ATTACK.replace("LinfPGD", "Magic"), r"attacks\[0\]\.name: unknown 'Magic'; expected one of FGSM"),
         (
             MINIMAL + ATTACK.replace('"8/255"', '"a lot"'),
@@ -62,10 +67,13 @@ def test_a_mistake_is_one_line_that_names_the_key(text: str, complaint: str) -> 
         plans.parse(text)
 
 
-def test_a_relative_image_folder_is_relative_to_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "beside"), [("folder", ""), ("root", 'dataset = "cifar10"\n')])
+def test_a_relative_place_of_images_is_relative_to_the_plan(tmp_path: Path, key: str, beside: str) -> None:
     path = tmp_path / "plan.toml"
-    path.write_text('[target]\nmodel = "m"\n[data]\nfolder = "images"\n')
-    assert plans.read(path).data.folder == (tmp_path / "images").resolve()
+    path.write_text(f'[target]\nmodel = "m"\n[data]\n{beside}{key} = "images"\n')
+    plan = plans.read(path)
+    assert getattr(plan.data, key) == (tmp_path / "images").resolve()
+    assert plans.parse(plans.to_toml(plan)) == plan
 
 
 def test_a_missing_plan_is_named(tmp_path: Path) -> None:

@@ -46,6 +46,25 @@ def test_a_folder_is_labelled_as_the_model_labels(tmp_path: Path) -> None:
         samples.load(Data(folder=tmp_path, samples=6), class_names=("bird", "cat"))
 
 
+def test_a_data_set_that_a_run_can_be_trained_on_can_be_audited(tmp_path: Path) -> None:
+    for name, grey in (("cat", 100), ("dog", 200)):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("RGB", (20 + index, 30), (grey + index,) * 3).save(tmp_path / "test" / name / f"{index}.png")
+    source = Data(dataset="folder", root=tmp_path, size=16, samples=8)
+    found = samples.load(source, class_names=("dog", "cat"))
+    assert found.images.shape == (8, 16, 16, 3)
+    for image, label, index in zip(found.images, found.labels, found.indices, strict=True):
+        assert int(image[0, 0, 0]) == (200, 100)[label] + index % 6
+    for index in {*range(12)} - {*found.indices.tolist()}:
+        (tmp_path / "test" / ("cat", "dog")[index // 6] / f"{index % 6}.png").write_text("no image")
+    np.testing.assert_array_equal(samples.load(source, class_names=("dog", "cat")).images, found.images)
+    with pytest.raises(ValueError, match=r"resize it, or give data\.size"):
+        samples.load(Data(dataset="folder", root=tmp_path, samples=8), class_names=("dog", "cat"))
+    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py: no such folder"):
+        samples.load(Data(dataset="cifar10", root=tmp_path), class_names=("dog", "cat"))
+
+
 def test_a_model_input_is_float_in_0_to_1_channels_first() -> None:
     images = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
     converted = samples.as_input(images)

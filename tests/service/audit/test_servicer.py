@@ -31,10 +31,14 @@ async def test_a_server_beyond_its_own_machine_reads_no_folders_for_others(
     journal: Journal, digits_models: Repository
 ) -> None:
     far = AuditServicer(journal=journal, repository=digits_models, folders=False)
-    with pytest.raises(InvalidArgument, match="reads no folders for others; name a data set"):
-        await far.SubmitAudit(audit_pb2.SubmitAuditRequest(plan=FOLDER), CONTEXT)
     near = AuditServicer(journal=journal, repository=digits_models, folders=True)
-    assert (await near.SubmitAudit(audit_pb2.SubmitAuditRequest(plan=FOLDER), CONTEXT)).id
+    root = FOLDER.replace("folder =", 'dataset = "folder"\nroot =')
+    for plan, key in ((FOLDER, "folder"), (root, "root")):
+        with pytest.raises(
+            InvalidArgument, match=rf"plan: data\.{key}: .* reads no folders for others; name a data set"
+        ):
+            await far.SubmitAudit(audit_pb2.SubmitAuditRequest(plan=plan), CONTEXT)
+        assert (await near.SubmitAudit(audit_pb2.SubmitAuditRequest(plan=plan), CONTEXT)).id
     plan = FOLDER.replace('folder = "/somewhere"', 'dataset = "digits"')
     assert (await far.SubmitAudit(audit_pb2.SubmitAuditRequest(plan=plan), CONTEXT)).id
 

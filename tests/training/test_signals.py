@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tomli_w
+
+from tests.training.runs import changed, run
+from training import signals
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_a_request_and_a_second_one_an_order(number: int, status: int) -> None:
+    before = signal.getsignal(number)
+    with signals.requests() as request:
+        assert not request.made.is_set()
+        os.kill(os.getpid(), number)
+        assert request.made.is_set()
+        assert request.status == status
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("command", [["-m", "training"], ["-m", "service", "train"]], ids=["module", "verb"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(
+    document: dict[str, Any], tmp_path: Path, command: list[str], number: int, status: int
+) -> None:
+    document["training"] |= {"epochs": 300}
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(document))
+    started = [sys.executable, *command, str(file), "--out", str(tmp_path / "run")]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "1/300: loss" in process.stdout.readline()
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == status
+    assert "stopped after" in said
+    assert "go on with the same command and --resume" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+    document["training"] |= {"epochs": 300}
+    with pytest.raises(ValueError, match="in training; restore"):
+        run(changed(document, training={"epochs": 4}), tmp_path / "run", resume=True)
