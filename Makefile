@@ -28,11 +28,12 @@ check: setup
 test-all: setup
 	$(PYTEST) -m 'not gpu'
 
+# All tests and benchmarks that need a GPU; the results lie in gpu-results.
 gpu: setup
-	$(BIN)/pytest -m gpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/gpu.sh gpu-results
 
 bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for name in startup batching int8_ends tenet_cost; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 serve: setup
 	$(BIN)/tenet serve --repository models

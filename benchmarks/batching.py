@@ -21,7 +21,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.startup import CLASSES, IMAGE, convolutional, hardware, publish, server
+from benchmarks.hardware import hardware
+from benchmarks.startup import CLASSES, IMAGE, convolutional, publish, server
 from protos.inference import open_inference_pb2 as pb
 from protos.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 

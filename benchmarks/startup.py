@@ -6,8 +6,6 @@ python benchmarks/startup.py --runs 10
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.hardware import hardware
 from export import manifest as manifests
 from export.manifest import Manifest, Parity, TensorSpec
 from export.repository import Repository
@@ -96,18 +95,6 @@ def server(repository: Path, *, settings: Path | None = None) -> Iterator[str]:
         finally:
             process.terminate()
             process.communicate()
-
-
-def hardware() -> str:
-    """Return what the numbers were measured on, one line."""
-    names = {line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")}
-    cpu = ", ".join(sorted(names)) or platform.processor() or "unknown CPU"
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _seconds_to_ready(repository: Path) -> float:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.startup import hardware
+from benchmarks.hardware import hardware
 from training import grouping, inhibition, models, recipe
 from training.inhibition import TenetStep
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.startup import hardware
+from benchmarks.hardware import hardware
 from training import adversarial, augment, checkpoint, datasets, loop, recipe
 from training.events import EpochEnded, TrainingEnded
 from training.recipe import PgdAdversarial

@@ -106,14 +106,25 @@ def test_no_gradient_flows_through_the_map(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 100.0])
-def test_a_map_in_half_precision_is_that_in_single(variant: Variant, scale: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_map_in_half_precision_is_that_in_single(variant: Variant, scale: float, dtype: torch.dtype) -> None:
     features, gradients, ids = inputs(0)
-    half, small = (scale * features).half(), (1e-6 * gradients).half()
+    half, small = (scale * features).to(dtype), (1e-6 * gradients).to(dtype)
     ours = inhibition.reversed_map(half, small, ids, groups=2, variant=variant)
     single = inhibition.reversed_map(half.float(), small.float(), ids, groups=2, variant=variant)
-    assert ours.dtype == torch.float16
+    assert ours.dtype == dtype
     assert bool(ours.isfinite().all())
-    assert torch.equal(ours, single.half())
+    assert torch.equal(ours, single.to(dtype))
+
+
+@pytest.mark.parametrize("variant", ["published", "paper"])
+def test_autocast_leaves_maps_and_orthogonality_in_single_precision(variant: Variant) -> None:
+    features, gradients, ids = (tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs(0))
+    expected = inhibition.reversed_map(features, gradients, ids, groups=2, variant=variant)
+    orthogonal = inhibition.orthogonality(features, ids, groups=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(inhibition.reversed_map(features, gradients, ids, groups=2, variant=variant), expected)
+        assert torch.equal(inhibition.orthogonality(features, ids, groups=2), orthogonal)
 
 
 def test_orthogonality_in_half_precision_does_not_overflow() -> None:
@@ -289,6 +300,20 @@ def test_the_weights_of_the_loss_are_its_parts() -> None:
     assert tenet > 0
     assert orth > 0
     assert torch.isclose(loss(lambda_tenet=0.1, lambda_orth=1e-3), 0.1 * tenet + 1e-3 * orth)
+
+
+def test_a_loss_from_features_is_that_of_a_step_and_reaches_the_body() -> None:
+    images, labels, _ = batch()
+    initial = torch.tensor([[0, 1, 2]]).expand(6, -1)
+    whole, fused = (inhibition.TenetStep(build().train(), stage="layer2", groups=3) for _ in range(2))
+    features = fused.body(images)
+    losses = whole.loss(images, labels, initial=initial), fused.fused_loss(features, labels, initial=initial)
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()  # type: ignore[no-untyped-call]
+    pairs = list(zip(whole.body.parameters(), fused.body.parameters(), strict=True))
+    assert pairs
+    assert all(a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad) for a, b in pairs)
 
 
 def test_a_step_teaches_body_and_head() -> None:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# All that needs an NVIDIA GPU, in one call: benchmarks/gpu.sh OUT, with the environment's bin folder on the PATH.
+# FOLDER=cifar10 adds the evidence in full, which takes hours and goes on where it stopped.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?expected the folder for the results}
+mkdir -p "$out"
+failed=0
+{ date --iso-8601; git rev-parse HEAD; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv; } \
+    > "$out/machine.txt" 2>&1
+python -m pytest -m gpu -p no:cacheprovider 2>&1 | tee "$out/tests.txt" || failed=1
+python benchmarks/tenet_cost.py --device cuda --out "$out" 2>&1 | tee "$out/tenet_cost.txt" || failed=1
+if [ -n "${FOLDER:-}" ]; then
+    python benchmarks/tenet_evidence.py --folder "$FOLDER" --out "$out/evidence" --size full --device cuda \
+        2>&1 | tee "$out/tenet_evidence.txt" || failed=1
+fi
+exit "$failed"

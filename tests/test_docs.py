@@ -1,0 +1,133 @@
+"""The documentation: its programs run, its tables are those of the code, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from fractions import Fraction
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from pydantic_core import PydanticUndefined
+
+from training import recipe
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+_PROGRAMS = re.compile(r"```python\n(.*?)```(?:\n\n```text output\n(.*?)```)?", re.DOTALL)
+_SECTION = re.compile(r"^### `\[(.+)\]`$")
+_LINK = re.compile(r"\[[^]]*\]\(([^):\s#]*)(?:#([^)\s]+))?\)")
+
+# Sections of a recipe, and of those with several kinds of table the first cell of a kind's rows.
+TABLES: dict[tuple[str, str], type[recipe.Section]] = {
+    ("data", ""): recipe.Data,
+    ("model", '"resnet"'): recipe.ResNet,
+    ("model", '"resnext"'): recipe.ResNeXt,
+    ("model", '"wide-resnet"'): recipe.WideResNet,
+    ("model", '"torchvision/NAME"'): recipe.LibraryModel,
+    ("model", '"timm/NAME"'): recipe.LibraryModel,
+    ("model", "your own"): recipe.OwnModel,
+    ("training", ""): recipe.Training,
+    ("augmentation", ""): recipe.Augmentation,
+    ("augmentation.augmix", ""): recipe.AugMix,
+    ("adversarial", '"free"'): recipe.FreeAdversarial,
+    ("adversarial", '"pgd"'): recipe.PgdAdversarial,
+    ("tenet", ""): recipe.Tenet,
+}
+SHARED = {"every", "by name"}  # first cells of rows that are of several kinds
+CHOICES = (recipe.DataName, recipe.Optimizer, recipe.Schedule, recipe.Variant, recipe.Precision)
+
+
+def documented() -> dict[tuple[str, str], dict[str, str]]:
+    """The page's tables of keys: for each section and kind, the default that is given for each key."""
+    tables: dict[tuple[str, str], dict[str, str]] = {}
+    section, kind = "", ""
+    for line in PAGE.splitlines():
+        if line.startswith("#"):
+            section, kind = (match[1] if (match := _SECTION.match(line)) else ""), ""
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not section or not line.startswith("|") or cells[-1] in {"meaning", "---"}:
+            continue
+        *kinds, key, default, _ = cells
+        kind = kinds[0].replace("`", "") or kind if kinds else ""
+        table = tables.setdefault((section, kind), {})
+        assert key not in table, f"{section}: {key} stands twice"
+        table |= {key.strip("`"): default} if key else {}
+    return tables
+
+
+def keys(section: str, kind: str) -> dict[str, str]:
+    tables = documented()
+    shared = {name: tables.get((section, name), {}) for name in SHARED}
+    if kind == "your own":  # named by its factory
+        del shared["by name"]
+    return {key: default for table in shared.values() for key, default in table.items()} | tables[section, kind]
+
+
+def value(default: str) -> object:
+    """What a default in the page stands for; fractions are numbers."""
+    if default in {"none", "required"}:
+        return default
+    decoded = tomllib.loads(f"value = {default.strip('`')}")["value"]
+    if isinstance(decoded, str) and "/" in decoded:
+        return float(Fraction(decoded))
+    return tuple(decoded) if isinstance(decoded, list) else decoded
+
+
+@pytest.mark.parametrize(("section", "kind"), TABLES, ids=" ".join)
+def test_the_page_has_every_key_of_a_recipe_and_its_default(section: str, kind: str) -> None:
+    fields = dict(TABLES[section, kind].model_fields)
+    page = keys(section, kind)
+    assert sorted(page) == sorted(fields)
+    for key, default in page.items():
+        if (
+            key == "name" and kind != '"resnet"' and section == "model"
+        ):  # what chooses the kind; given but for the first
+            continue
+        real = fields[key].default
+        real = "required" if real is PydanticUndefined else "none" if real is None else real
+        assert value(default) == real, f"[{section}] {key}"
+
+
+def test_the_page_has_no_other_section_or_kind() -> None:
+    kinds = {*TABLES} | {(section, name) for section, name in documented() if name in SHARED}
+    assert documented().keys() == kinds
+    top = {section.partition(".")[0] for section, _ in TABLES}
+    assert top == {*recipe.Recipe.model_fields}
+
+
+@pytest.mark.parametrize("name", [name for choices in CHOICES for name in get_args(choices)])
+def test_the_page_has_every_choice(name: str) -> None:
+    assert f'`"{name}"`' in PAGE
+
+
+def test_the_page_has_every_recipe_that_is_shipped() -> None:
+    shipped = {path.name for path in (ROOT / "configs").glob("*.toml") if "[training]" in path.read_text()}
+    regimes = PAGE.partition("### Regimes of the paper")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`([\w-]+\.toml)`", regimes)) == shipped
+
+
+@pytest.mark.parametrize(("program", "output"), _PROGRAMS.findall(PAGE))
+def test_a_program_of_the_page_runs(
+    program: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(program, "docs/training.md", "exec"), {"__name__": "__main__"})
+    if output:
+        assert capsys.readouterr().out.split() == output.split()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for path, anchor in _LINK.findall(text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
