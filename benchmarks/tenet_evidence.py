@@ -3,21 +3,21 @@
     python benchmarks/tenet_evidence.py --folder cifar10 --out evidence              # a CPU: a small ResNet on a subset
     python benchmarks/tenet_evidence.py --folder cifar10 --out evidence --size full --device cuda
 
-FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg. Every run lies in OUT/runs and every measurement in
-OUT/measured: started again, the script goes on where it stopped, and several may work on seeds of their own.
+FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg. Every run lies in OUT/SIZE/runs and every measurement in
+OUT/SIZE/measured: started again, the script goes on where it stopped, and several may work on seeds of their own.
 
 A TENET step is an optimiser step of its own, so a baseline stands twice: at equal epochs, and longer, at equal
-steps. Attacks are PGD from a random start on the best epoch's weights, on the first images of the test set in a
-seeded order; an image that is classified wrongly to begin with counts as an error.
+steps. Attacks are PGD from a random start on the best epoch's weights, on some images of the test set in a seeded
+order; an image that is classified wrongly to begin with counts as an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import threading
+import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 INTERVAL = 3  # iterations to a TENET step, as published
 STEPS = 20  # of PGD, each an eighth of epsilon
 EVALUATION_BATCH = 250  # images
+
+
+Record = dict[str, Any]
+Measure = Callable[[Record], float]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ REGIMES = (
     Regime("TENET paper", "plain", tenet={"variant": "paper"}),
     Regime("TENET published", "plain", tenet={"variant": "published"}),
     Regime("TENET published, fused", "plain", tenet={"variant": "published", "fused": True}),
+    Regime("TENET published, exact", "plain", tenet={"variant": "published", "exact": True}),
     Regime("AugMix", "AugMix", augmix=True),
     Regime("AugMix, equal steps", "AugMix", augmix=True, longer=True),
     Regime("AugMix + TENET", "AugMix", augmix=True, tenet={"variant": "published"}),
@@ -123,11 +128,13 @@ def document(regime: Regime, size: Size, *, folder: Path, seed: int) -> dict[str
 def trained(regime: Regime, size: Size, *, folder: Path, seed: int, out: Path, device: str) -> Path:
     """Train, or go on with what was interrupted; return the RUN folder."""
     run = out / "runs" / f"{_slug(regime.name)}-{seed}"
-    if run.exists():
-        return run
     settings = recipe.decode(document(regime, size, folder=folder, seed=seed), source=regime.name)
+    if run.exists():
+        if checkpoint.record(run).recipe != settings:
+            raise ValueError(f"{run}: expected the recipe of {regime.name}, got a run of another; name another --out")
+        return run
     interrupted = (checkpoint.partial_path(run) / checkpoint.STATE).exists()
-    for event in loop.train(settings, out=run, device=device, resume=interrupted, stop=threading.Event()):
+    for event in loop.train(settings, out=run, device=device, resume=interrupted):
         if isinstance(event, EpochEnded | TrainingEnded):
             print(f"{regime.name}, seed {seed}: {event}", flush=True)
     return run
@@ -160,7 +167,9 @@ def measured(regime: Regime, run: Path, size: Size, *, test: LabelledImages, out
         "seconds": loaded.metrics["seconds"],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.rename(path)
 
 
 def _errors(model: nn.Module, images: Tensor, labels: Tensor, *, device: str) -> Tensor:
@@ -186,57 +195,74 @@ def _attacked_errors(model: nn.Module, images: Tensor, labels: Tensor, epsilon: 
 def tables(out: Path, size: Size) -> str:
     """Return the tables of all that has been measured, in Markdown."""
     records = [json.loads(path.read_text()) for path in sorted((out / "measured").glob("*.json"))]
-    natural = [regime for regime in REGIMES if not regime.free]
-    robust = [regime for regime in REGIMES if regime.free]
     parts = [
-        _table(records, natural, epsilons=NATURAL_EPSILONS, title="Natural training"),
-        _table(records, robust, epsilons=ROBUST_EPSILONS, title=f"Free adversarial training, {TRAINED_EPSILON}"),
+        f"Model {size.model}, {', '.join(f'{key} {value}' for key, value in asdict(size).items() if key != 'model')}; "
+        f"errors in %, mean ± standard deviation over n seeds; {hardware()}; commit {_commit()}",
     ]
-    described = ", ".join(f"{key} {value}" for key, value in asdict(size).items() if key != "model")
-    return "\n\n".join([f"Model {size.model}, {described}; {hardware()}", *parts])
+    for title, epsilons, free in (
+        ("Natural training", NATURAL_EPSILONS, False),
+        (f"Free adversarial training, {TRAINED_EPSILON}, {REPLAYS} replays", ROBUST_EPSILONS, True),
+    ):
+        regimes = [regime for regime in REGIMES if regime.free == free]
+        measures = {"clean": _clean} | {f"PGD {epsilon:g}/255": _pgd(f"{epsilon:g}/255") for epsilon in epsilons}
+        parts += [f"### {title}", _absolute(records, regimes, measures), _paired(records, regimes, measures)]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _table(records: list[dict[str, Any]], regimes: Sequence[Regime], *, epsilons: Sequence[float], title: str) -> str:
-    names = [f"{epsilon:g}/255" for epsilon in epsilons]
-    heads = [
-        "regime",
-        "n",
-        "optimiser steps",
-        "clean error, %",
-        "against baseline",
-        *(f"PGD {name}, %" for name in names),
-    ]
-    lines = [f"### {title}", "", _row(heads), _row(["---"] * len(heads))]
+def _absolute(records: list[Record], regimes: Sequence[Regime], measures: dict[str, Measure]) -> str:
+    rows = [["regime", "n", "optimiser steps", *measures], ["---"] * (3 + len(measures))]
     for regime in regimes:
-        own = {record["seed"]: record for record in records if record["regime"] == regime.name}
-        base = {record["seed"]: record for record in records if record["regime"] == regime.baseline}
-        if not own:
-            continue
-        fused = regime.tenet is not None and regime.tenet.get("fused", False)
-        steps = [r["iterations"] + (0 if fused else r["tenet_steps"]) for r in own.values()]
-        differences = [
-            100 * (own[seed]["clean_error"] - base[seed]["clean_error"]) for seed in own.keys() & base.keys()
-        ]
-        cells = [
-            regime.name,
-            str(len(own)),
-            f"{statistics.mean(steps):.0f}",
-            _spread([100 * r["clean_error"] for r in own.values()]),
-            "" if regime.name == regime.baseline else _spread(differences, signed=True),
-            *(_spread([100 * r["pgd_error"][name] for r in own.values()]) for name in names),
-        ]
-        lines.append(_row(cells))
-    return "\n".join(lines)
+        own = list(_by_seed(records, regime.name).values())
+        if own:
+            fused = regime.tenet is not None and regime.tenet.get("fused", False)
+            steps = statistics.mean(record["iterations"] + (0 if fused else record["tenet_steps"]) for record in own)
+            errors = [_spread([measure(record) for record in own]) for measure in measures.values()]
+            rows.append([regime.name, str(len(own)), f"{steps:.0f}", *errors])
+    return _table(rows)
+
+
+def _paired(records: list[Record], regimes: Sequence[Regime], measures: dict[str, Measure]) -> str:
+    """Return the differences between runs of one seed with TENET and without; less than 0 speaks for TENET."""
+    rows = [["difference", "n", *measures], ["---"] * (2 + len(measures))]
+    for regime in regimes:
+        for baseline in (regime.baseline, f"{regime.baseline}, equal steps"):
+            own, base = _by_seed(records, regime.name), _by_seed(records, baseline)
+            seeds = sorted(own.keys() & base.keys())
+            if regime.tenet is None or not seeds:
+                continue
+            differences = [
+                _spread([measure(own[seed]) - measure(base[seed]) for seed in seeds], signed=True)
+                for measure in measures.values()
+            ]
+            rows.append([f"{regime.name} - {baseline}", str(len(seeds)), *differences])
+    return _table(rows)
+
+
+def _clean(record: Record) -> float:
+    return float(100 * record["clean_error"])
+
+
+def _pgd(epsilon: str) -> Measure:
+    return lambda record: float(100 * record["pgd_error"][epsilon])
+
+
+def _by_seed(records: list[Record], regime: str) -> dict[int, Record]:
+    return {record["seed"]: record for record in records if record["regime"] == regime}
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) if len(rows) > 2 else ""
 
 
 def _spread(values: Sequence[float], *, signed: bool = False) -> str:
-    """Return the mean and the standard deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):{'+' if signed else ''}.2f} ± {deviation:.2f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    """Return the mean and, of more than one, the standard deviation."""
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _slug(name: str) -> str:
@@ -253,15 +279,15 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", default=[regime.name for regime in REGIMES], metavar="NAME")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    size, test = SIZES[options.size], datasets.load("folder", split="test", root=options.folder)
+    size, out = SIZES[options.size], options.out / options.size
+    test = datasets.load("folder", split="test", root=options.folder)
     for seed in options.seeds:
         for regime in REGIMES:
             if regime.name not in options.regimes:
                 continue
-            where = {"out": options.out, "device": options.device}
-            run = trained(regime, size, folder=options.folder, seed=seed, **where)
-            measured(regime, run, size, test=test, **where)
-    print(tables(options.out, size))
+            run = trained(regime, size, folder=options.folder, seed=seed, out=out, device=options.device)
+            measured(regime, run, size, test=test, out=out, device=options.device)
+    print(tables(out, size))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def crop(
         return images
     count, height, width, _ = images.shape
     padded = functional.pad(images, (0, 0, padding, padding, padding, padding))
-    top, left = stream.integers(2 * padding + 1, count, 2).to(images.device).unbind(1)
+    top, left = stream.integers(2 * padding + 1, count, 2).to(images.device, non_blocking=True).unbind(1)
     rows = top[:, None] + torch.arange(height, device=images.device)
     columns = left[:, None] + torch.arange(width, device=images.device)
     samples = torch.arange(count, device=images.device)
@@ -63,7 +63,7 @@ def crop(
 def flip(images: UInt8[Tensor, "batch height width 3"], *, stream: Stream) -> UInt8[Tensor, "batch height width 3"]:
     """Mirror each image left to right with probability one half."""
     mirrored = stream.uniform(len(images), 1, 1, 1) < 0.5
-    return torch.where(mirrored.to(images.device), images.flip(2), images)
+    return torch.where(mirrored.to(images.device, non_blocking=True), images.flip(2), images)
 
 
 def cutout(
@@ -81,7 +81,9 @@ def cutout(
     top = stream.integers(height, count) - side // 2
     left = stream.integers(width, count) - side // 2
     sides = torch.full_like(top, side)
-    square = _rectangles(torch.stack((top, left, sides, sides), 1).to(images.device), height=height, width=width)
+    square = _rectangles(
+        torch.stack((top, left, sides, sides), 1).to(images.device, non_blocking=True), height=height, width=width
+    )
     return images.masked_fill(square, GREY)
 
 
@@ -103,7 +105,7 @@ def random_erasing(
     rows = (area * ratio).sqrt().round().clamp(max=height) * (erased < probability)  # no rows, nothing erased
     columns = (area / ratio).sqrt().round().clamp(max=width)
     top, left = (above * (height - rows + 1)).floor(), (before * (width - columns + 1)).floor()
-    places = torch.stack((top, left, rows, columns), 1).long().to(images.device)
+    places = torch.stack((top, left, rows, columns), 1).long().to(images.device, non_blocking=True)
     return torch.where(_rectangles(places, height=height, width=width), _noise(images, stream=stream), images)
 
 
@@ -141,6 +143,8 @@ def _noise(images: Float[Tensor, "batch 3 height width"], *, stream: Stream) -> 
     the CPU: one number a value would take longer than a training step on large images.
     """
     values = images[0].numel()
-    numbers = stream.integers(2 ** (8 * NOISE_BYTES), len(images), -(-values // NOISE_BYTES)).to(images.device)
+    numbers = stream.integers(2 ** (8 * NOISE_BYTES), len(images), -(-values // NOISE_BYTES)).to(
+        images.device, non_blocking=True
+    )
     noise = numbers.view(torch.uint8).reshape(len(images), -1, 8)[:, :, :NOISE_BYTES]  # the lowest bytes come first
     return noise.flatten(1)[:, :values].reshape(images.shape).to(images.dtype) / 255

@@ -46,8 +46,8 @@ def mix(
     """
     count, width = len(images), settings.width
     clean = images.permute(0, 3, 1, 2).contiguous()
-    weights = stream.dirichlet(settings.alpha, count, width).to(images.device)
-    share = stream.beta(settings.alpha, count).to(images.device)
+    weights = stream.dirichlet(settings.alpha, count, width).to(images.device, non_blocking=True)
+    share = stream.beta(settings.alpha, count).to(images.device, non_blocking=True)
     chains = _chains(clean.repeat_interleave(width, 0), settings, stream=stream)
     chains = chains.reshape(count, width, *clean.shape[1:])
     mixture = (weights[:, :, None, None, None] * chains.float()).sum(1)
@@ -104,11 +104,11 @@ def _operate(
             moved.append(chosen)
             matrices.append(GEOMETRIC[name](levels[chosen], signs[chosen], height, width))
         else:
-            here = chosen.to(images.device)
-            images[here] = POINTWISE[name](images[here], levels[chosen].to(images.device))
+            here = chosen.to(images.device, non_blocking=True)
+            images[here] = POINTWISE[name](images[here], levels[chosen].to(images.device, non_blocking=True))
     if moved:
-        here = torch.cat(moved).to(images.device)
-        images[here] = _transformed(images[here], torch.cat(matrices).to(images.device))
+        here = torch.cat(moved).to(images.device, non_blocking=True)
+        images[here] = _transformed(images[here], torch.cat(matrices).to(images.device, non_blocking=True))
     return images
 
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import platform
-import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -114,7 +113,8 @@ def finish(
     _write(partial / RUN, (record.model_dump_json(indent=2) + "\n").encode())
     partial.rename(out)
     _flush_folder(out.parent)
-    (out / STATE).unlink(missing_ok=True)
+    for left in (out / STATE, _temporary(out / STATE)):  # the latter from a save that was killed
+        left.unlink(missing_ok=True)
     return record.sha256
 
 
@@ -247,7 +247,7 @@ def _versions() -> dict[str, str]:
 
 def _write(path: Path, contents: bytes) -> None:
     """Write a file whole or not at all: beside its place, flushed, and renamed to it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(contents)
@@ -257,6 +257,10 @@ def _write(path: Path, contents: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _flush_folder(folder: Path) -> None:

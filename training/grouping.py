@@ -93,7 +93,7 @@ def check_groups(groups: int, *, channels: int) -> None:
 
 
 def _centred(features: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c n"]:
-    maps = features.detach().flatten(2)
+    maps = features.detach().flatten(2).contiguous()  # channels-last maps, too, are summed in one order
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     return maps - maps.mean(1, keepdim=True)
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training import cutting, grouping
 from training.recipe import Variant
@@ -160,9 +161,10 @@ class TenetStep:
             loss.backward()
             optimizer.step()
 
-    Batch statistics are counted by the pass whose loss is lowered: once in the body and once, of masked maps, in
-    the head. The analysis in between evaluates the head and leaves all statistics alone. With `exact` the body is
-    evaluated a first time, for the analysis, as in the published code.
+    Running statistics of batch normalisation are left alone: the ordinary pass has counted these images, and masked
+    maps are not what a deployed head sees. Both passes normalise by their batch's own statistics, and the analysis in
+    between evaluates the head. With `exact` the body is evaluated a first time, for the analysis, and the passes
+    count, masked maps too, as in the published code.
 
     Args:
         model: a classifier; it keeps the modes that it is in.
@@ -172,7 +174,8 @@ class TenetStep:
         variant: "published" or "paper".
         lambda_tenet: weight of the cross-entropy of the masked pass.
         lambda_orth: weight of the orthogonality of the groups.
-        exact: take features and gradient from a second, evaluating pass of the body, in the published order.
+        exact: take features and gradient from a second, evaluating pass of the body, in the published order, and
+            count batch statistics as published.
         generator: what the first centres are drawn from; a CPU generator serves any device.
 
     Raises:
@@ -237,7 +240,8 @@ class TenetStep:
             ValueError: the stage does not put out maps, or fewer of them than there are groups.
         """
         if not self.exact:
-            features = self.body(images)
+            with uncounted(self.body):
+                features = self.body(images)
             return self._inhibited(features, labels, analysed=features, initial=initial)
         with evaluating(self.body), torch.no_grad():
             analysed = self.body(images)
@@ -278,16 +282,17 @@ class TenetStep:
         with evaluating(self.head):
             gradients = analysis_gradients(analysed, labels, head=self.head, variant=self.variant)
         ids, _ = grouping.group_channels(analysed, self.groups, initial=initial, generator=self.generator)
-        return masked_loss(
-            features,
-            labels,
-            mask=reversed_map(analysed, gradients, ids, groups=self.groups, variant=self.variant),
-            group_ids=ids,
-            groups=self.groups,
-            head=self.head,
-            lambda_tenet=self.lambda_tenet,
-            lambda_orth=self.lambda_orth,
-        )
+        with contextlib.nullcontext() if self.exact else uncounted(self.head):
+            return masked_loss(
+                features,
+                labels,
+                mask=reversed_map(analysed, gradients, ids, groups=self.groups, variant=self.variant),
+                group_ids=ids,
+                groups=self.groups,
+                head=self.head,
+                lambda_tenet=self.lambda_tenet,
+                lambda_orth=self.lambda_orth,
+            )
 
     def _check_features(self, features: object) -> None:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -311,6 +316,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextlib.contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Let batch normalisation in training mode use its batch's statistics and leave the running ones alone."""
+    tracking = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    try:
+        for part in tracking:
+            part.track_running_stats = False
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +43,19 @@ class Iteration:
 
     def __call__(self, images: UInt8[Tensor, "part height width 3"], labels: Int64[Tensor, " part"]) -> None:
         """Train on this process's part of a batch; loss and hits are added to the run's sums."""
-        for views in self._views(images, labels):
-            self._lower(views, labels)
+        with self._own_random_state():
+            for views in self._views(images, labels):
+                self._lower(views, labels)
+
+    @contextlib.contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Seed PyTorch's own generators, which dropout draws from, for this batch and process, and put them back."""
+        batch = (self.run.progress.iterations, self.processes.number)
+        seed = np.random.SeedSequence(self.recipe.training.seed, spawn_key=batch).generate_state(1, np.uint64)
+        device = self.processes.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(seed[0]))
+            yield
 
     def _views(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield what each iteration on a batch is given; of free replays, the gradient is asked for and taken."""
@@ -83,7 +95,7 @@ class Iteration:
                 _, tenet_loss, _ = self._step(clean, labels, step="tenet", chosen=chosen)
         if run.average is not None:
             run.average.update_parameters(run.model)
-        self._count(loss, tenet_loss, logits, labels)
+        self._count(loss - tenet_loss if due and fused and tenet_loss is not None else loss, tenet_loss, logits, labels)
 
     def _step(
         self, images: Tensor, labels: Tensor, *, step: Step, chosen: Chosen | None = None
@@ -99,12 +111,14 @@ class Iteration:
         return loss.detach(), tenet_loss, logits
 
     def _count(self, loss: Tensor, tenet_loss: Tensor | None, logits: Tensor, labels: Tensor) -> None:
-        right = (logits.argmax(1) == labels).sum()
-        count = torch.tensor(len(labels), device=loss.device)
-        steps = torch.tensor(int(tenet_loss is not None), device=loss.device)
+        count, taken = len(labels), int(tenet_loss is not None)
         tenet = torch.zeros_like(loss) if tenet_loss is None else tenet_loss
-        self.run.sums += torch.stack([loss.double() * count, count, right, tenet.double(), steps])
-        self.run.progress.tenet_steps += int(tenet_loss is not None)
+        right = (logits.argmax(1) == labels).sum()
+        # added one by one: a tensor that is made of numbers on the CPU would wait for the device
+        summands: tuple[Tensor | float, ...] = (loss * count, count, right, tenet, taken)
+        for place, value in enumerate(summands):
+            self.run.sums[place] += value
+        self.run.progress.tenet_steps += taken
 
     def _due(self, iterations: int) -> bool:
         tenet = self.recipe.tenet

@@ -9,6 +9,7 @@ stop, at any iteration -> save RUN.partial, TrainingStopped
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import shutil
 import time
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
     from training.run import Run
 
-EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies
+EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies; an attack needs training's memory
 ADVANCE_SECONDS = 0.2  # between two Advanced; each waits for the device
-CHECK_EVERY = 50  # iterations between looks at whether the loss is still a number; each waits for the device
+CHECK_EVERY = 50  # batches between looks at whether the loss is still a number; each waits for the device
 AGREE_EVERY = 10  # batches between looks, of several processes together, at whether one was asked to stop
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a quota or a file size that is full
 VALIDATION_STEPS = 10  # of the attack that picks the best epoch of adversarial training
 
 
@@ -55,7 +57,7 @@ def train(
     resumed run ends with the same weights as an uninterrupted one.
 
     Where a launcher started several processes, each of them calls this; the first alone writes and yields events,
-    the others return when all is done.
+    the others return when all is done. `out` must be one folder to all of them, on several nodes too.
 
     Raises:
         ValueError: data, model, stage, device or interrupted run do not fit the recipe, `out` cannot be written,
@@ -112,13 +114,15 @@ def _train(
         while run.progress.epoch < recipe.training.epochs:
             ended = yield from _epoch(work, run, iteration)
             _preserve(work, run, metrics, ended)
+            processes.wait()  # none leaves before the state is written: a launcher would end the others
             yield ended
             if isinstance(ended, TrainingStopped):
                 return
         accuracy = _test(work, run)
-    if processes.main:
-        yield _finish(work, run, test_accuracy=accuracy)
-    processes.wait()
+    finished = _finish(work, run, test_accuracy=accuracy) if processes.main else None
+    processes.wait()  # before the last event, after which the iterator may be dropped
+    if finished is not None:
+        yield finished
 
 
 def _in_silence(events: Iterator[Event]) -> Iterator[Event]:
@@ -186,10 +190,11 @@ def _epoch(work: _Work, run: Run, iteration: Iteration) -> Generator[Event, None
         if _asked_to_stop(work, run):
             progress.seconds = before + time.perf_counter() - began
             _refuse_nan(work, run)
+            _refuse_nan_weights(work, run)
             return TrainingStopped(work.state.parent, progress.epoch + 1, progress.iterations, work.total)
         iteration(x, y)
         progress.batch += 1
-        if progress.iterations % CHECK_EVERY == 0:
+        if progress.batch % CHECK_EVERY == 0:
             _refuse_nan(work, run)
         now = time.perf_counter()
         if now - spoken > ADVANCE_SECONDS:
@@ -198,7 +203,10 @@ def _epoch(work: _Work, run: Run, iteration: Iteration) -> Generator[Event, None
             loss = float(run.sums[0] / run.sums[1])
             yield Advanced(progress.epoch + 1, progress.iterations, work.total, loss, speed)
     loss, tenet_loss, correct = _refuse_nan(work, run)
+    _refuse_nan_weights(work, run)
     trained = time.perf_counter() - began
+    work.processes.agree(run.model)
+    work.processes.agree(run.deployed)
     accuracy = _accuracy(work, run, "validation")
     robust = None if work.recipe.adversarial is None else _accuracy(work, run, "validation", attacked=True)
     run.end_epoch(accuracy=accuracy, robust_accuracy=robust)
@@ -245,12 +253,24 @@ def _refuse_nan(work: _Work, run: Run) -> tuple[float, float | None, float]:
         ValueError: a loss is not a number.
     """
     loss, images, correct, tenet_loss, tenet_steps = work.processes.sum(run.sums).tolist()
-    if not math.isfinite(loss + tenet_loss):
-        kept = f"epoch {run.progress.epoch} is kept in {work.state.parent}" if run.progress.epoch else "nothing is kept"
-        msg = f"loss: expected a finite number, got {loss / images} in epoch {run.progress.epoch + 1}; "
-        raise ValueError(msg + f"lower training.learning_rate ({kept})")
+    for value in (loss, tenet_loss):
+        if not math.isfinite(value):
+            raise _diverged(work, run, f"loss: expected a finite number, got {value}")
     images = max(images, 1)
     return loss / images, tenet_loss / tenet_steps if tenet_steps else None, correct / images
+
+
+def _refuse_nan_weights(work: _Work, run: Run) -> None:
+    """Raise ValueError where the last step left weights that are no numbers, which its loss did not show."""
+    for name, tensor in run.model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise _diverged(work, run, f"{name}: expected finite numbers, got others")
+
+
+def _diverged(work: _Work, run: Run, what: str) -> ValueError:
+    """Return the error for a run that cannot go on, with what is left of it."""
+    kept = f"what was saved before is in {work.state.parent}" if work.state.exists() else "nothing is kept"
+    return ValueError(f"{what} in epoch {run.progress.epoch + 1}; lower training.learning_rate ({kept})")
 
 
 def _accuracy(work: _Work, run: Run, part: str, *, attacked: bool = False) -> float:
@@ -262,7 +282,8 @@ def _accuracy(work: _Work, run: Run, part: str, *, attacked: bool = False) -> fl
     indices = torch.arange(len(source))[processes.number :: processes.count]
     model = run.deployed.eval()
     right = torch.zeros((), dtype=torch.int64, device=processes.device)
-    for images, labels in source.evaluation(indices, batch_size=EVALUATION_BATCH):
+    batch = launched.own_batch(work.recipe.training, processes) if attacked else EVALUATION_BATCH
+    for images, labels in source.evaluation(indices, batch_size=batch):
         x = augment.unit_range(images)
         if attacked:
             attack = _validation_attack(work.recipe)
@@ -282,14 +303,21 @@ def _validation_attack(recipe: Recipe) -> PgdAdversarial:
 
 def _preserve(work: _Work, run: Run, metrics: Metrics | None, ended: EpochEnded | TrainingStopped) -> None:
     """Write down how an epoch went, then the state: a resumed run drops the metrics of epochs after its state."""
-    try:
+    with _saying_what_is_kept(work):
         if isinstance(ended, EpochEnded) and metrics is not None:
             metrics.epoch(asdict(ended))
         runs.preserve(run, work.state, recipe=work.recipe, data=work.fingerprints, processes=work.processes)
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(work: _Work) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         kept = f"{work.state.parent} is as it was" if work.state.exists() else "nothing is kept"
-        msg = f"{work.state}: the run cannot be saved: {error.strerror}; {kept}; make room, and go on with --resume"
-        raise OSError(error.errno, msg) from error
+        msg = f"{work.out}: the run cannot be saved: {error.strerror or error}; {kept}; "
+        way_out = "make room" if error.errno in FULL else "mend that"
+        raise OSError(error.errno, f"{msg}{way_out}, and go on with --resume") from error
 
 
 def _test(work: _Work, run: Run) -> float:
@@ -301,25 +329,26 @@ def _test(work: _Work, run: Run) -> float:
 def _finish(work: _Work, run: Run, *, test_accuracy: float) -> TrainingEnded:
     progress, test_set = run.progress, work.sources["test"]
     partial = work.state.parent
-    curves.draw(partial, best_epoch=progress.best_epoch, test_accuracy=test_accuracy)
-    sha256 = checkpoint.finish(
-        partial,
-        out=work.out,
-        model=run.deployed,
-        recipe=work.recipe,
-        class_names=test_set.class_names,
-        input_shape=test_set.input_shape,  # both are those of the training set
-        data={name: Part(images=len(s), sha256=work.fingerprints[name]) for name, s in work.sources.items()},
-        metrics={
-            "test_accuracy": test_accuracy,
-            "test_images": len(test_set),
-            "validation_accuracy": progress.best_accuracy,
-            "best_epoch": progress.best_epoch,
-            "iterations": progress.iterations,
-            "tenet_steps": progress.tenet_steps,
-            "seconds": progress.seconds,
-        },
-    )
+    with _saying_what_is_kept(work):
+        curves.draw(partial, best_epoch=progress.best_epoch, test_accuracy=test_accuracy)
+        sha256 = checkpoint.finish(
+            partial,
+            out=work.out,
+            model=run.deployed,
+            recipe=work.recipe,
+            class_names=test_set.class_names,
+            input_shape=test_set.input_shape,  # both are those of the training set
+            data={name: Part(images=len(s), sha256=work.fingerprints[name]) for name, s in work.sources.items()},
+            metrics={
+                "test_accuracy": test_accuracy,
+                "test_images": len(test_set),
+                "validation_accuracy": progress.best_accuracy,
+                "best_epoch": progress.best_epoch,
+                "iterations": progress.iterations,
+                "tenet_steps": progress.tenet_steps,
+                "seconds": progress.seconds,
+            },
+        )
     return TrainingEnded(
         folder=work.out,
         test_accuracy=test_accuracy,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training import augmix, grouping
-from training.inhibition import FEWEST, TenetStep
+from training.inhibition import FEWEST, TenetStep, evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +72,8 @@ class Objective(nn.Module):
         self.processes, self.centres = processes, centres
         self.tenet = None if recipe.tenet is None else _tenet_step(model, recipe)
         self.channels = 0 if self.tenet is None else self.tenet.channels(example)
+        if self.tenet is not None:
+            self._refuse_other_parts(example)
         self.whole: Callable[[Tensor], Tensor] = model.forward if self.tenet is None else self._body_and_head
         if recipe.training.compile:
             self._compile()
@@ -136,6 +138,14 @@ class Objective(nn.Module):
         tenet = self.tenet.fused_loss(first[chosen.indices], labels[chosen.indices], initial=chosen.initial)
         tenet = tenet * chosen.weight
         return loss + tenet, tenet.detach(), logits.detach()
+
+    def _refuse_other_parts(self, example: Tensor) -> None:
+        """Raise ValueError where parts of a model's own do not make it up."""
+        with evaluating(self.model), torch.no_grad():
+            parts, whole = self._body_and_head(example), self.model(example)
+        if not torch.allclose(parts, whole, rtol=1e-3, atol=1e-4):
+            msg = "model: expected head(body(x)) to be model(x), got logits that differ by up to "
+            raise ValueError(f"{msg}{float((parts - whole).abs().max()):.2g}; mend the model's body and head")
 
     def _body_and_head(self, images: Tensor) -> Tensor:
         assert self.tenet is not None

@@ -49,7 +49,7 @@ class Processes:
             return [number]
         numbers = torch.zeros(self.count, dtype=torch.int64, device=self.device)
         numbers[self.number] = number
-        return [int(value) for value in self.sum(numbers)]
+        return [int(value) for value in self.sum(numbers).tolist()]
 
     def join_rows(self, tensor: Tensor) -> Tensor:
         """Return the rows of all processes' tensors, in the order of the processes."""
@@ -69,13 +69,18 @@ class Processes:
             distributed.barrier()
 
     def normalising(self, model: nn.Module) -> nn.Module:
-        """Return the model with batch statistics over the images of all processes."""
-        if self.count == 1:
-            return model
-        if self.device.type == "cpu":  # PyTorch's own is for accelerators only
-            return batch_norm.synchronised(model)
-        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return synchronised
+        """Return the model with batch statistics over the images of all processes.
+
+        Raises:
+            ValueError: it has layers of batch normalisation that cannot be replaced.
+        """
+        return model if self.count == 1 else batch_norm.synchronised(model, device=self.device)
+
+    def agree(self, module: nn.Module) -> None:
+        """Give each process the main one's buffers: batch statistics may be each process's own."""
+        if self.count > 1:
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, src=0)
 
     def averaging(self, module: nn.Module) -> nn.Module:
         """Return the module with gradients averaged over the processes."""
@@ -94,11 +99,16 @@ def join(device: str) -> Processes:
     Raises:
         ValueError: this machine has no such device.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(_device(device))
+    alone = _device(device)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Processes(alone)
     from accelerate import PartialState  # noqa: PLC0415  # a second to import, and only these need it
 
-    state = PartialState(cpu=torch.device(device).type == "cpu")
+    state = PartialState(cpu=alone.type == "cpu")
+    if (state.num_processes, state.device.type) != (count, alone.type):
+        msg = f"device: expected {count} processes on {alone.type}, got {state.num_processes} on {state.device.type}; "
+        raise ValueError(msg + "start as many processes as there are devices, or name another device")
     return Processes(_device(str(state.device)), number=state.process_index, count=state.num_processes)
 
 

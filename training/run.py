@@ -87,12 +87,13 @@ def begin(recipe: Recipe, *, classes: int, processes: Processes) -> Run:
     """Begin a run from the recipe's seed; PyTorch's own random state stays as it was.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or it cannot be saved.
     """
     settings = recipe.training
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         model: nn.Module = models.build(recipe.model, classes=classes)
+    _refuse_tied(model)
     model.to(processes.device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -107,6 +108,16 @@ def begin(recipe: Recipe, *, classes: int, processes: Processes) -> Run:
         perturbation=FreePerturbation(recipe.adversarial) if isinstance(recipe.adversarial, FreeAdversarial) else None,
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=processes.device),
     )
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    """Raise ValueError where two parameters are one tensor, which weights by name cannot tell."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            msg = f"model: expected parameters of their own, got {names[parameter]} and {name} that are one tensor; "
+            raise ValueError(msg + "give each layer its own")
+        names[parameter] = name
 
 
 def _optimizer(model: nn.Module, settings: Training) -> Optimizer:

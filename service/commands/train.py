@@ -35,12 +35,15 @@ def train(
 
     Ctrl-C, or SIGTERM, saves the run after the iteration under way; a second one stops at once.
     """
+    from training import processes, signals
     from training import recipe as recipes
-    from training import signals
     from training.events import TrainingStopped
 
-    with signals.requests() as request:
-        ended = run(recipes.read(recipe), out=out, device=device, resume=resume, stop=request.made)
+    try:
+        with signals.requests() as request:
+            ended = run(recipes.read(recipe), out=out, device=device, resume=resume, stop=request.made)
+    finally:
+        processes.leave()
     if isinstance(ended, TrainingStopped):
         typer.echo(str(ended), err=True)
         raise typer.Exit(request.status)

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training import inhibition, models
 from training.batch_norm import SynchronisedBatchNorm2d, synchronised
+from training.recipe import LibraryModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
@@ -27,7 +32,7 @@ def pair(**settings: Any) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
         if module.affine:
             nn.init.uniform_(module.weight, generator=torch.Generator().manual_seed(0))
             nn.init.uniform_(module.bias, generator=torch.Generator().manual_seed(1))
-    synchronised(ours)
+    synchronised(ours, device=CPU)
     assert isinstance(ours, SynchronisedBatchNorm2d)
     return ours, theirs
 
@@ -74,4 +79,32 @@ def test_in_evaluation_it_is_pytorch_s_batch_norm() -> None:
 def test_state_keeps_its_names() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
     names = list(model.state_dict())
-    assert list(synchronised(model).state_dict()) == names
+    assert list(synchronised(model, device=CPU).state_dict()) == names
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050"])
+def test_layers_of_timm_that_activate_are_replaced_by_its_own_or_refused(name: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = models.build(LibraryModel(name=f"timm/{name}"), classes=3).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(images)
+        with pytest.raises(
+            ValueError, match=r"training\.sync_batch_norm: expected .* got BatchNormAct2d; set it to false"
+        ):
+            synchronised(model, device=CPU)
+        assert torch.equal(model(images), expected)
+        converted = synchronised(model, device=CUDA)
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+        assert torch.allclose(converted(images), expected)
+
+
+@pytest.mark.usefixtures("alone")
+def test_statistics_that_are_left_uncounted_stay() -> None:
+    for module in pair():
+        before = {key: buffer.clone() for key, buffer in module.named_buffers()}
+        with inhibition.uncounted(module):
+            normalised = module(maps())
+        assert all(torch.equal(buffer, before[key]) for key, buffer in module.named_buffers())
+        assert torch.allclose(module(maps()), normalised)
+        assert not any(torch.equal(buffer, before[key]) for key, buffer in module.named_buffers())

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from tests.training.runs import changed, leave, same, weights
-from training import augmix, grouping, inhibition, loop
+from tests.training.runs import changed, leave, weights
+from training import augment, augmix, checkpoint, datasets, grouping, inhibition, iteration, loop
 from training.events import EpochEnded, TrainingEnded
 from training.recipe import AugMix
 from training.stream import Stream
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from training.recipe import Recipe
 
 pytestmark = pytest.mark.gpu
@@ -67,9 +66,35 @@ def test_a_resumed_run_goes_on_where_it_was(document: dict[str, Any], tmp_path: 
 
 
 def test_a_run_of_a_gpu_is_loaded_without_one(recipe: Recipe, tmp_path: Path) -> None:
-    trained(recipe, tmp_path / "run")
-    assert {tensor.device.type for tensor in weights(tmp_path / "run").values()} == {"cpu"}
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "run"))
+    ended = trained(recipe, tmp_path / "run")
+    model = checkpoint.load(ended.folder).model
+    test = datasets.load("folder", split="test", root=Path(str(recipe.data.root)))
+    images, labels = augment.unit_range(torch.from_numpy(test.images)), torch.from_numpy(test.labels)
+    with torch.inference_mode():
+        accuracy = float((model(images).argmax(1) == labels).float().mean())
+    assert accuracy == pytest.approx(ended.test_accuracy, abs=0.07)  # one image of 15 may lie on an edge
+
+
+def test_an_iteration_waits_for_the_device_only_where_tenet_counts_its_images(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = changed(
+        document, augmentation={"crop_padding": 1, "flip": True, "cutout": 4, "random_erasing": 0.5}, tenet=None
+    )
+    events = loop.train(recipe, out=tmp_path / "run", device="cuda")
+    next(event for event in events if isinstance(event, EpochEnded))
+    waits = iteration.Iteration.__call__
+
+    def watched(self: iteration.Iteration, images: torch.Tensor, labels: torch.Tensor) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            waits(self, images, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iteration.Iteration, "__call__", watched)
+        assert isinstance(list(events)[-1], TrainingEnded)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -198,6 +198,14 @@ def test_autocast_does_not_lower_the_precision_of_the_grouping() -> None:
     assert torch.equal(ids, expected)
 
 
+def test_channels_last_maps_are_grouped_like_others() -> None:
+    features = torch.rand(8, 64, 6, 6, generator=seeded(0))
+    expected, _ = grouping.group_channels(features, 4, generator=seeded(1))
+    last = features.contiguous(memory_format=torch.channels_last)
+    ids, _ = grouping.group_channels(last, 4, generator=seeded(1))
+    assert torch.equal(ids, expected)
+
+
 def test_maps_that_are_not_numbers_get_groups_all_the_same() -> None:
     features = torch.rand(3, 8, 3, 3, generator=seeded(0))
     features[0, 2, 1, 1], features[1] = float("nan"), float("inf")

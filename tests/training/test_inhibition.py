@@ -240,14 +240,28 @@ def test_an_exact_step_groups_and_masks_by_what_an_evaluated_body_sees(
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_batch_statistics_see_a_batch_once(exact: bool) -> None:  # noqa: FBT001
+def test_a_step_leaves_batch_statistics_alone_or_counts_them_as_published(exact: bool) -> None:  # noqa: FBT001
     model = build().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     tenet = inhibition.TenetStep(model, stage="layer2", groups=3, exact=exact, generator=seeded(0))
     images, labels, logits = batch()
     tenet(images, labels, logits=logits)
     counts = {name: int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")}
-    assert set(counts.values()) == {1}
+    assert set(counts.values()) == {int(exact)}
+    assert all(torch.equal(model.get_buffer(name), buffer) != exact for name, buffer in before.items())
     assert all(module.training for module in model.modules())
+
+
+def test_a_step_normalises_by_the_statistics_of_its_batch() -> None:
+    model, (images, labels, _) = build().train(), batch()
+    maps: list[Tensor] = []
+    model.get_submodule("network.layer2").register_forward_hook(lambda *call: maps.append(call[-1].detach()))
+    inhibition.TenetStep(model, stage="layer2", groups=3).loss(images, labels)
+    model(images)
+    model.eval()(images)
+    in_step, in_training, in_evaluation = maps
+    assert torch.equal(in_step, in_training)
+    assert not torch.allclose(in_step, in_evaluation, atol=1e-2)
 
 
 def test_the_analysis_pass_leaves_the_head_as_it_was() -> None:

@@ -357,6 +357,22 @@ def test_a_recipe_that_cannot_work_says_so(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("factory", "stage", "message"),
+    [
+        ("apart", "body", r"expected head\(body\(x\)\) to be model\(x\), got logits that differ by up to"),
+        ("tied", "0", r"expected parameters of their own, got network\.0\.weight and network\.1\.weight that are one"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_rightly_says_so(
+    document: dict[str, Any], tmp_path: Path, factory: str, stage: str, message: str
+) -> None:
+    document["model"] = {"factory": f"tests.training.classifiers:{factory}"}
+    with pytest.raises(ValueError, match=message):
+        list(loop.train(changed(document, tenet={"stage": stage}), out=tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_device_that_is_not_there_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device: expected one that this machine has, got 'tpu9'"):
         loop.train(recipe, out=tmp_path / "run", device="tpu9")

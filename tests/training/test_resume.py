@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tests.training.runs import changed, leave, run, same, weights
-from training import checkpoint, loop
+from training import checkpoint, iteration, loop
 from training.events import Advanced, EpochEnded, TrainingEnded, TrainingStopped
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "fused": {"tenet": {"fused": True}},
     "adamw and average": {"training": {"optimizer": "adamw", "learning_rate": 0.01, "ema": 0.9}},
     "augmix": {"augmentation": {"augmix": {"width": 2}, "cutout": 4, "random_erasing": 0.5, "flip": True}},
+    "dropout": {"model": {"factory": "tests.training.classifiers:dropping"}, "tenet": {"stage": "0"}},
     "free": {"adversarial": {"method": "free", "replays": 2}},
     "pgd": {"adversarial": {"method": "pgd", "steps": 2}},
 }
@@ -66,6 +67,8 @@ def test_resumed_after_an_epoch_equals_uninterrupted(recipe: Recipe, tmp_path: P
 def test_resumed_within_an_epoch_equals_uninterrupted_in_every_regime(
     document: dict[str, Any], tmp_path: Path, regime: str
 ) -> None:
+    if "factory" in REGIMES[regime].get("model", {}):
+        del document["model"]
     recipe = changed(document, **REGIMES[regime])
     _, whole = run(recipe, tmp_path / "whole")
     factor = 2 if regime == "free" else 1
@@ -174,13 +177,33 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_save(
             break
     kept = (tmp_path / "run.partial" / checkpoint.STATE).read_bytes()
     monkeypatch.setattr("training.schedule.rate", lambda *_: 1e30)
-    with pytest.raises(ValueError, match=r"expected a finite number, got (nan|inf) in epoch 2.*epoch 1 is kept in"):
+    with pytest.raises(ValueError, match=r"expected a finite number, got (nan|inf) in epoch 2.*saved before is in"):
         list(events)
     assert (tmp_path / "run.partial" / checkpoint.STATE).read_bytes() == kept
     monkeypatch.undo()
     _, ended = run(recipe, tmp_path / "run", resume=True)
     _, whole = run(recipe, tmp_path / "whole")
     assert ended.sha256 == whole.sha256
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = iteration.Iteration._step
+
+    def exploding(self: iteration.Iteration, *views: Any, **how: Any) -> Any:
+        result = step(self, *views, **how)
+        if self.run.progress.iterations == 8:  # the last of the second epoch, whose own loss is a number
+            self.run.model.get_parameter("network.fc.bias").data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(iteration.Iteration, "_step", exploding)
+    with pytest.raises(ValueError, match=r"network\.fc\.bias: expected finite numbers, got others in epoch 2; lower"):
+        list(loop.train(changed(document, tenet=None), out=tmp_path / "run"))
+    monkeypatch.undo()
+    tensors, record = checkpoint.load_state(tmp_path / "run.partial" / checkpoint.STATE)
+    assert record["progress"]["epoch"] == 1
+    assert all(bool(tensor.isfinite().all()) for name, tensor in tensors.items() if name.startswith("model."))
 
 
 FULL = """
