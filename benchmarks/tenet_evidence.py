@@ -1,4 +1,4 @@
-"""What TENET changes: clean error and error under PGD, with and without it, over several seeds.
+"""What TENET changes: clean error and robust accuracy under PGD, with and without it, over several seeds.
 
     python benchmarks/tenet_evidence.py --folder cifar10 --out evidence              # a CPU: a small ResNet on a subset
     python benchmarks/tenet_evidence.py --folder cifar10 --out evidence --size full --device cuda
@@ -8,7 +8,7 @@ OUT/SIZE/measured: started again, the script goes on where it stopped, and sever
 
 A TENET step is an optimiser step of its own, so a baseline stands twice: at equal epochs, and longer, at equal
 steps. Attacks are PGD from a random start on the best epoch's weights, on some images of the test set in a seeded
-order; an image that is classified wrongly to begin with counts as an error.
+order; an image that is classified wrongly to begin with counts as not robust.
 """
 
 from __future__ import annotations
@@ -156,10 +156,9 @@ def measured(regime: Regime, run: Path, size: Size, *, test: LabelledImages, out
         "clean_error": float(clean.mean()),
         "images": len(labels),
         "attacked": len(order),
-        "pgd_error": {
-            f"{epsilon:g}/255": float(
-                (_attacked_errors(model, images[order], labels[order], epsilon / 255, device=device)).mean()
-            )
+        "robust_accuracy": {
+            f"{epsilon:g}/255": 1
+            - float(_attacked_errors(model, images[order], labels[order], epsilon / 255, device=device).mean())
             for epsilon in (ROBUST_EPSILONS if regime.free else NATURAL_EPSILONS)
         },
         "iterations": loaded.metrics["iterations"],
@@ -197,14 +196,16 @@ def tables(out: Path, size: Size) -> str:
     records = [json.loads(path.read_text()) for path in sorted((out / "measured").glob("*.json"))]
     parts = [
         f"Model {size.model}, {', '.join(f'{key} {value}' for key, value in asdict(size).items() if key != 'model')}; "
-        f"errors in %, mean ± standard deviation over n seeds; {hardware()}; commit {_commit()}",
+        f"all in %, mean ± standard deviation over n seeds; {hardware()}; commit {_commit()}",
     ]
     for title, epsilons, free in (
         ("Natural training", NATURAL_EPSILONS, False),
         (f"Free adversarial training, {TRAINED_EPSILON}, {REPLAYS} replays", ROBUST_EPSILONS, True),
     ):
         regimes = [regime for regime in REGIMES if regime.free == free]
-        measures = {"clean": _clean} | {f"PGD {epsilon:g}/255": _pgd(f"{epsilon:g}/255") for epsilon in epsilons}
+        measures = {"clean error": _clean_error} | {
+            f"robust accuracy, {epsilon:g}/255": _robust_accuracy(f"{epsilon:g}/255") for epsilon in epsilons
+        }
         parts += [f"### {title}", _absolute(records, regimes, measures), _paired(records, regimes, measures)]
     return "\n\n".join(part for part in parts if part)
 
@@ -222,7 +223,7 @@ def _absolute(records: list[Record], regimes: Sequence[Regime], measures: dict[s
 
 
 def _paired(records: list[Record], regimes: Sequence[Regime], measures: dict[str, Measure]) -> str:
-    """Return the differences between runs of one seed with TENET and without; less than 0 speaks for TENET."""
+    """Return the differences between runs of one seed with TENET and without."""
     rows = [["difference", "n", *measures], ["---"] * (2 + len(measures))]
     for regime in regimes:
         for baseline in (regime.baseline, f"{regime.baseline}, equal steps"):
@@ -238,12 +239,12 @@ def _paired(records: list[Record], regimes: Sequence[Regime], measures: dict[str
     return _table(rows)
 
 
-def _clean(record: Record) -> float:
+def _clean_error(record: Record) -> float:
     return float(100 * record["clean_error"])
 
 
-def _pgd(epsilon: str) -> Measure:
-    return lambda record: float(100 * record["pgd_error"][epsilon])
+def _robust_accuracy(epsilon: str) -> Measure:
+    return lambda record: float(100 * record["robust_accuracy"][epsilon])
 
 
 def _by_seed(records: list[Record], regime: str) -> dict[int, Record]:
