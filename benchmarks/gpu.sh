@@ -9,7 +9,7 @@ failed=0
 { date --iso-8601; git rev-parse HEAD; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv; } \
     > "$out/machine.txt" 2>&1
 python -m pytest -m gpu -p no:cacheprovider 2>&1 | tee "$out/tests.txt" || failed=1
-python benchmarks/tenet_cost.py --device cuda --out "$out" 2>&1 | tee "$out/tenet_cost.txt" || failed=1
+python benchmarks/tenet_cost.py --device cuda --out "$out/tenet_cost.png" 2>&1 | tee "$out/tenet_cost.txt" || failed=1
 if [ -n "${FOLDER:-}" ]; then
     python benchmarks/tenet_evidence.py --folder "$FOLDER" --out "$out/evidence" --size full --device cuda \
         2>&1 | tee "$out/tenet_evidence.txt" || failed=1
