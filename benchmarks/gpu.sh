@@ -2,8 +2,9 @@
 # All that needs an NVIDIA GPU, in one call: benchmarks/gpu.sh OUT, with the environment's bin folder on the PATH.
 # FOLDER=cifar10 adds the evidence in full, which takes hours and goes on where it stopped.
 set -uo pipefail
+out=$(realpath -m "${1:?expected the folder for the results}")
+[ -z "${FOLDER:-}" ] || FOLDER=$(realpath "$FOLDER")
 cd "$(dirname "$0")/.."
-out=${1:?expected the folder for the results}
 mkdir -p "$out"
 failed=0
 { date --iso-8601; git rev-parse HEAD; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv; } \

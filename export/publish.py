@@ -262,11 +262,16 @@ def images_for(run: Path | None, folder: Path | None, *, split: str, count: int)
     source = None if run is None else checkpoint.record(run).recipe.data
     size = None if source is None else source.size
     if folder is not None:
+        if run is not None and size is None:
+            size = checkpoint.record(run).input_shape[1]
         return _subset(data.from_folder(folder), f"images of {folder.name}", count, size=size)
     if source is None:
         raise ValueError("this model has no training run to take images from; name a folder by --images")
     root = None if source.root is None else Path(source.root)
-    stored = datasets.find(source.name, split=split, root=root)
+    try:
+        stored = datasets.find(source.name, split=split, root=root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; or name a folder of images by --images") from error
     return _subset(stored, f"{source.name} {split} images", count, size=size)
 
 

@@ -10,6 +10,7 @@ seed, epoch -> `order` -> `own` part of each batch -> Source.training
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training import recipe
+from training import recipe, signals
 from training.data import ImageFiles, Images, LabelledImages
 
 Batches = Iterator[tuple[UInt8[Tensor, "batch height width 3"], Int64[Tensor, " batch"]]]
@@ -200,6 +201,7 @@ class _InFiles:
             num_workers=min(self.workers, len(parts)),
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from PyTorch's own
+            worker_init_fn=_leave_stopping_to_the_main_process,
         )
         for part, decoded in zip(parts, loader, strict=True):
             if isinstance(decoded, Exception):
@@ -239,6 +241,12 @@ class _Decoded(Dataset[Any]):
             return torch.from_numpy(np.stack([self.crops(index) for index in self.parts[number].tolist()]))
         except (OSError, ValueError) as error:
             return error
+
+
+def _leave_stopping_to_the_main_process(_worker: int) -> None:
+    """Ignore what asks a run to stop: launchers and terminals ask its workers, too, and it needs them until it has."""
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _split(indices: Int64[Tensor, " n"], batch_size: int) -> list[Int64[Tensor, " _"]]:

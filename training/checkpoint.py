@@ -5,8 +5,8 @@ RUN/run.json                         recipe, classes, input shape, data, metrics
 RUN/metrics.jsonl, tensorboard/, curves.png   how it went
 RUN.partial/state.safetensors        the state of a run that is still going on, or was interrupted
 
-Every file is written beside its place, flushed to the disk and renamed, and RUN.partial is renamed to RUN when all
-is in it: a reader sees all of it or nothing. Nothing is ever unpickled.
+Weights, record and state are written beside their places, flushed to the disk and renamed, and RUN.partial is renamed
+to RUN when all is in it: a reader sees all of it or nothing. Nothing is ever unpickled.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ def cut(model: nn.Module, *, stage: str) -> tuple[nn.Module, nn.Module]:
         ValueError: there is no such stage, or the model cannot be traced or cut there; one line that lists
             stages that can be named.
     """
+    _refuse_wrapped(model)
     network = _network_of(model)
     path = _path(model, stage)
     names = path.split(".")
@@ -65,6 +66,7 @@ def own_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     Raises:
         ValueError: it does not have both.
     """
+    _refuse_wrapped(model)
     network = _network_of(model)
     body, head = (getattr(network, name, None) for name in ("body", "head"))
     if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
@@ -108,6 +110,13 @@ class _StageTracer(fx.Tracer):
 
 class _UntraceableError(Exception):
     """torch.fx cannot trace the model; the message names its class, and says why."""
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for what torch.compile or DistributedDataParallel return."""
+    if isinstance(getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        msg = f"model: expected the network itself, got it wrapped in {type(model).__name__}; "
+        raise ValueError(msg + "cut it first, and wrap it then")
 
 
 def _network_of(model: nn.Module) -> nn.Module:

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Advanced:
-    """Some iterations are over, `done` of the run's `total`; `loss` is the mean of the epoch so far."""
+    """Some iterations are over, `done` of the run's `total`; losses are means of the epoch so far."""
 
     epoch: int
     done: int
     total: int
     loss: float
+    tenet_loss: float | None
     images_per_second: float
 
     def __str__(self) -> str:
-        return f"epoch {self.epoch}, loss {self.loss:.3f}, {self.images_per_second:.0f} images/s"
+        tenet = "" if self.tenet_loss is None else f", TENET loss {self.tenet_loss:.3f}"
+        return f"epoch {self.epoch}, loss {self.loss:.3f}{tenet}, {self.images_per_second:.0f} images/s"
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,11 @@ def analysis_gradients(
     """Return dL_d/dA through the head alone, of samples that are classified correctly.
 
     L_d sums over samples the label's sigmoid ("published") or its logit ("paper": the predicted class's,
-    which for these samples is the label).
+    which for these samples is the label). Scores are taken in at least single precision.
     """
     leaf = features.detach().requires_grad_()
     with torch.enable_grad():
-        scores = head(leaf).gather(1, labels[:, None])
+        scores = _at_least_single(head(leaf).gather(1, labels[:, None]))  # near 1, a sigmoid in half has no slope
         total = scores.sum() if variant == "paper" else scores.sigmoid().sum()
     return torch.autograd.grad(total, leaf)[0]
 

@@ -24,7 +24,7 @@ from training import run as runs
 from training.checkpoint import Part
 from training.events import Advanced, EpochEnded, Event, TrainingEnded, TrainingStopped
 from training.iteration import Iteration
-from training.metrics import Metrics
+from training.metrics import EVENTS, METRICS, Metrics
 from training.objective import Objective
 from training.recipe import PgdAdversarial
 from training.stream import Stream
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
     from training.run import Run
 
-EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies; an attack needs training's memory
+EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies; attacks and large images take training's
 ADVANCE_SECONDS = 0.2  # between two Advanced; each waits for the device
 CHECK_EVERY = 50  # batches between looks at whether the loss is still a number; each waits for the device
 AGREE_EVERY = 10  # batches between looks, of several processes together, at whether one was asked to stop
@@ -69,6 +69,7 @@ def train(
     checkpoint.refuse_existing(out)
     checkpoint.refuse_unwritable(out)
     partial = checkpoint.partial_path(out)
+    _refuse_foreign(partial)
     interrupted = (partial / checkpoint.STATE).exists()
     if interrupted and not resume:
         msg = f"{partial}: expected no interrupted run, got one; go on with it with --resume, or remove it"
@@ -81,6 +82,18 @@ def train(
     processes.wait()  # the first process writes what the others have just looked for
     events = _train(recipe, out=out, processes=processes, resume=resume, stop=stop)
     return events if processes.main else _in_silence(events)
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Raise FileExistsError where a folder that will be removed, or renamed, holds what no run has written."""
+    if partial.exists() and not partial.is_dir():
+        msg = f"{partial}: expected a folder, got a file; remove what an earlier version left, or move it away"
+        raise FileExistsError(msg)
+    known = {METRICS, EVENTS, curves.CURVES, checkpoint.WEIGHTS, checkpoint.RUN, checkpoint.STATE}
+    for path in partial.iterdir() if partial.exists() else ():
+        if path.name.strip(".").removesuffix(".partial") not in known:
+            msg = f"{partial}: expected nothing but an unfinished run in it, got {path.name}; move it away"
+            raise FileExistsError(msg)
 
 
 @dataclass(frozen=True)
@@ -168,7 +181,9 @@ def _refuse_no_tenet(recipe: Recipe, *, iterations: int) -> None:
 
 
 def _iteration(work: _Work, run: Run) -> Iteration:
-    images, _ = next(iter(work.sources["training"].evaluation(torch.arange(2), batch_size=2)))
+    images, _ = next(
+        iter(work.sources["training"].evaluation(torch.arange(min(2, len(work.sources["training"]))), batch_size=2))
+    )
     objective = Objective(
         run.model,
         recipe=work.recipe,
@@ -200,8 +215,9 @@ def _epoch(work: _Work, run: Run, iteration: Iteration) -> Generator[Event, None
         if now - spoken > ADVANCE_SECONDS:
             spoken = now
             speed = (progress.iterations - first) * settings.batch_size / (now - began)
-            loss = float(run.sums[0] / run.sums[1])
-            yield Advanced(progress.epoch + 1, progress.iterations, work.total, loss, speed)
+            loss, images, _, tenet_loss, tenet_steps = run.sums.tolist()
+            tenet = tenet_loss / tenet_steps if tenet_steps else None
+            yield Advanced(progress.epoch + 1, progress.iterations, work.total, loss / images, tenet, speed)
     loss, tenet_loss, correct = _refuse_nan(work, run)
     _refuse_nan_weights(work, run)
     trained = time.perf_counter() - began
@@ -270,7 +286,8 @@ def _refuse_nan_weights(work: _Work, run: Run) -> None:
 def _diverged(work: _Work, run: Run, what: str) -> ValueError:
     """Return the error for a run that cannot go on, with what is left of it."""
     kept = f"what was saved before is in {work.state.parent}" if work.state.exists() else "nothing is kept"
-    return ValueError(f"{what} in epoch {run.progress.epoch + 1}; lower training.learning_rate ({kept})")
+    msg = f"{what} in epoch {run.progress.epoch + 1}; lower training.learning_rate and begin again"
+    return ValueError(f"{msg} ({kept})")
 
 
 def _accuracy(work: _Work, run: Run, part: str, *, attacked: bool = False) -> float:
@@ -282,7 +299,8 @@ def _accuracy(work: _Work, run: Run, part: str, *, attacked: bool = False) -> fl
     indices = torch.arange(len(source))[processes.number :: processes.count]
     model = run.deployed.eval()
     right = torch.zeros((), dtype=torch.int64, device=processes.device)
-    batch = launched.own_batch(work.recipe.training, processes) if attacked else EVALUATION_BATCH
+    large = attacked or work.recipe.data.size is not None
+    batch = launched.own_batch(work.recipe.training, processes) if large else EVALUATION_BATCH
     for images, labels in source.evaluation(indices, batch_size=batch):
         x = augment.unit_range(images)
         if attacked:

@@ -211,8 +211,7 @@ def build(settings: recipe.Model, *, classes: int) -> Normalised:
         ValueError: a library that is not installed or does not know the name, or a factory that cannot be
             imported, does not take `num_classes` alone or does not return a module; one line.
     """
-    make = _without_values if torch.get_default_device().type == "meta" else _network
-    return Normalised(Normalise(mean=settings.mean, std=settings.std), make(settings, classes=classes))
+    return Normalised(Normalise(mean=settings.mean, std=settings.std), _network(settings, classes=classes))
 
 
 def _network(settings: recipe.Model, *, classes: int) -> nn.Module:
@@ -228,31 +227,6 @@ def _network(settings: recipe.Model, *, classes: int) -> nn.Module:
             return LIBRARIES[library](name, classes=classes)
         case recipe.OwnModel():
             return _own(settings.factory, classes=classes)
-
-
-def _without_values(settings: recipe.Model, *, classes: int) -> nn.Module:
-    """Build a network on the device "meta", or on the CPU where it computes with values as it is built.
-
-    Constants that its state does not hold have their values in either case.
-    """
-    try:
-        network = _network(settings, classes=classes)
-    except (RuntimeError, TypeError):
-        return _aside(settings, classes=classes)
-    state = network.state_dict()
-    buffers = network.named_buffers(remove_duplicate=False)
-    holes = [name for name, buffer in buffers if buffer.is_meta and name not in state]
-    constants = dict(_aside(settings, classes=classes).named_buffers(remove_duplicate=False)) if holes else {}
-    for name in holes:
-        owner, _, buffer_name = name.rpartition(".")
-        setattr(network.get_submodule(owner), buffer_name, constants[name])
-    return network
-
-
-def _aside(settings: recipe.Model, *, classes: int) -> nn.Module:
-    """Build a network on the CPU, and leave PyTorch's random state alone."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return _network(settings, classes=classes)
 
 
 def _torchvision(name: str, *, classes: int) -> nn.Module:

@@ -105,6 +105,11 @@ class Data(Section):
     size: Annotated[int, Field(ge=8, le=MAX_SIZE)] | None = None
     workers: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 2
 
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        _refuse_unused(self, "workers", unless=self.size is not None, only_with="size")
+        return self
+
 
 class _Model(Section):
     """What all classifiers have: `mean` and `std` normalise images in [0, 1], per channel, inside the model."""
@@ -214,7 +219,8 @@ class Training(Section):
     "one-cycle" and "cosine" end at 0, "step" multiplies by `decay` after each epoch of `milestones`. The rate
     rises over the `warm_up` share of the run, 0.3 in "one-cycle" and 0 elsewhere unless it is given.
     `momentum` is SGD's, with Nesterov's correction. `ema` is the decay, an iteration, of an exponential moving average
-    of the weights, which is validated, tested and saved in their place, 0 for none. `clip_norm` bounds the norm of the
+    of the weights, which is validated, tested and saved in their place, 0 for none; after n iterations it is at most
+    (1 + n) / (10 + n), so that the first weights are forgotten. `clip_norm` bounds the norm of the
     gradient. `precision` "bf16" computes under autocast. `channels_last` and `compile` change speed, not results.
     `threads` is the number of CPU threads, PyTorch's choice where it is left out. `sync_batch_norm` makes batch
     statistics those of all processes together.
@@ -239,6 +245,12 @@ class Training(Section):
     sync_batch_norm: bool = True
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        _refuse_unused(self, "momentum", unless=self.optimizer == "sgd", only_with='optimizer "sgd"')
+        _refuse_unused(self, "decay", unless=self.schedule == "step", only_with='schedule "step"')
+        return self
 
     @model_validator(mode="after")
     def _milestones_are_for_steps(self) -> Self:
@@ -315,12 +327,25 @@ class Recipe(Section):
     tenet: Tenet | None = None
 
     @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        _refuse_unused(self.augmentation, "smallest_crop", unless=self.data.size is not None, only_with="data.size")
+        return self
+
+    @model_validator(mode="after")
     def _consistency_is_of_natural_images(self) -> Self:
         augmix = self.augmentation.augmix
         if self.adversarial is not None and augmix is not None and augmix.jsd > 0:
             msg = "expected augmentation.augmix.jsd = 0 in adversarial training, whose images have one view, got "
             raise ValueError(msg + f"{augmix.jsd}")
         return self
+
+
+def _refuse_unused(section: Section, key: str, *, unless: bool, only_with: str) -> None:
+    """Raise ValueError for a key that is not at its default, and has no effect."""
+    value = getattr(section, key)
+    if not unless and value != type(section).model_fields[key].default:
+        msg = f"expected {key} only with {only_with}, without which it has no effect, got {value}; leave it out"
+        raise ValueError(msg)
 
 
 def read(path: Path) -> Recipe:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from training.processes import Processes
     from training.recipe import Recipe, Training
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 STREAMS = ("augmentation", "centres", "attack")  # each with a generator of its own
 SUMS = ("loss", "images", "correct", "tenet_loss", "tenet_steps")  # of an epoch so far, over all processes
 
@@ -135,7 +136,12 @@ def _optimizer(model: nn.Module, settings: Training) -> Optimizer:
 def _average(model: nn.Module, *, decay: float) -> AveragedModel | None:
     if decay == 0:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+
+    def update(averages: Tensors, values: Tensors, averaged: Tensor | int) -> None:
+        done = int(averaged)  # on the CPU
+        get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averages, values, averaged)  # type: ignore[no-untyped-call]
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def preserve(run: Run, path: Path, *, recipe: Recipe, data: Mapping[str, str], processes: Processes) -> None:

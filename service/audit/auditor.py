@@ -215,7 +215,8 @@ class Auditor:
         channels, height, width = self.version.manifest.image_shape
         if (actual := self.samples.images.shape[1:]) != (height, width, channels):
             raise ValueError(
-                f"the images are {actual[1]} x {actual[0]}, and {self.version} takes {width} x {height}; resize them"
+                f"the images are {actual[1]} x {actual[0]}, and {self.version} takes {width} x {height}; resize them, "
+                "or give data.size"
             )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,12 +43,14 @@ def progress(what: str, *, total: int | None) -> Iterator[Tick]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[message]}"),
+        TextColumn("{task.fields[message]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, message="")
 
         def move(done: int, message: str, *, total: int | None = None) -> None:
+            if bar.tasks[task].completed == 0:  # what was done before this command tells nothing of its speed
+                bar.reset(task, completed=done, total=total)
             bar.update(task, completed=done, total=total, message=message)
 
         yield move
@@ -66,6 +69,6 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # names of files and classes are not markup
     # A log has no width of its own, and must not lose columns to a guess.
     Console(highlight=False, width=None if console.is_terminal else 200).print(table)

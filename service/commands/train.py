@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,13 +46,15 @@ def train(
             ended = run(recipes.read(recipe), out=out, device=device, resume=resume, stop=request.made)
     finally:
         processes.leave()
+    if ended is None:
+        raise typer.Exit(request.status)
     if isinstance(ended, TrainingStopped):
         typer.echo(str(ended), err=True)
         raise typer.Exit(request.status)
     if as_json:
         typer.echo(json.dumps({"run": str(ended.folder), "test_accuracy": ended.test_accuracy, "sha256": ended.sha256}))
     else:
-        console.print(f"{ended.folder}: {ended}", soft_wrap=True)
+        console.print(f"{ended.folder}: {ended}", soft_wrap=True, markup=False)
 
 
 def run(
@@ -60,17 +64,22 @@ def run(
     device: str = "cpu",
     resume: bool = False,
     stop: threading.Event | None = None,
-) -> TrainingEnded | TrainingStopped:
-    """Train with a progress bar and return the last event."""
+) -> TrainingEnded | TrainingStopped | None:
+    """Train with a progress bar and return the last event; of several processes, all but the main one get none."""
     from training import loop
     from training.events import TrainingEnded, TrainingStopped
 
-    with progress("training", total=None) as tick:
+    main = os.environ.get("RANK", "0") == "0"  # which launchers number processes by
+    with progress("training", total=None) if main else nullcontext(_nothing) as tick:
         for event in loop.train(recipe, out=out, device=device, resume=resume, stop=stop):
             if isinstance(event, TrainingEnded | TrainingStopped):
                 return event
             _show(event, tick)
-    raise typer.Exit  # of several processes, only the main one is told anything
+    return None
+
+
+def _nothing(done: int, message: str, *, total: int | None = None) -> None:
+    """Move no bar."""
 
 
 def _show(event: Event, tick: Tick) -> None:
@@ -81,6 +90,6 @@ def _show(event: Event, tick: Tick) -> None:
         tick(event.done, str(event), total=event.total)
     elif isinstance(event, EpochEnded):
         if console.is_terminal:
-            console.print(f"epoch {event.epoch}/{event.epochs}: {event}", soft_wrap=True)
+            console.print(f"epoch {event.epoch}/{event.epochs}: {event}", soft_wrap=True, markup=False)
         else:
             tick(event.epoch, str(event), total=event.epochs)

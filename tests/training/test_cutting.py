@@ -12,7 +12,8 @@ from torch.nn import functional
 from training import cutting, inhibition, models, recipe
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+
 
 RESNET = recipe.ResNet(depth=8, width=4)
 RESNEXT = recipe.ResNeXt(name="resnext")
@@ -68,11 +69,6 @@ def build(settings: recipe.Model = RESNET, *, classes: int = 5) -> models.Normal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return models.build(settings, classes=classes)
-
-
-def parameters(settings: recipe.Model) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in models.build(settings, classes=10).parameters())
 
 
 def images(count: int = 3, size: int = 16) -> Tensor:
@@ -318,3 +314,9 @@ def test_parts_of_ones_own_are_the_whole_with_normalisation() -> None:
 def test_a_model_without_parts_of_its_own_lists_its_stages() -> None:
     with pytest.raises(ValueError, match=r"named body and head, got ResNet; .* stages: conv1, "):
         cutting.own_parts(build())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_wrapped_model_is_to_be_cut_first(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"expected the network itself, got it wrapped in \w+; cut it first"):
+        cutting.cut(wrap(build()), stage="layer2")

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from training import cutting, grouping, inhibition, models
 from training.recipe import ResNet
@@ -190,6 +191,18 @@ def test_analysis_gradients_are_those_of_the_label() -> None:
     assert torch.allclose(paper, weights)
     assert torch.allclose(published, weights * scores * (1 - scores))
     assert all(parameter.grad is None for parameter in head.parameters())
+
+
+def test_confident_scores_have_their_gradients_under_autocast() -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4, bias=False))
+    nn.init.eye_(head[2].weight)  # type: ignore[arg-type]
+    labels, logits = torch.arange(4), torch.tensor([7.0, 9.0, 11.0, 12.0])
+    features = (functional.one_hot(labels, 4) * logits[:, None])[:, :, None, None].expand(-1, -1, 3, 3)
+    single = inhibition.analysis_gradients(features, labels, head=head, variant="published")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = inhibition.analysis_gradients(features, labels, head=head, variant="published")
+    assert bool((half.abs().sum((1, 2, 3)) > 0).all())
+    assert torch.allclose(half, single, rtol=0.05)
 
 
 def modes_of_calls(module: nn.Module) -> list[bool]:

@@ -43,7 +43,8 @@ def test_events_are_lines_of_text(tmp_path: Path) -> None:
     assert str(epoch) == "loss 2.297, TENET loss 0.320, validation accuracy 33.33%"
     assert str(robust) == "loss 2.297, validation accuracy 33.33%, robust 12.50%"
     assert str(ended) == "test accuracy 98.81% (epoch 20, validation 100.00%), 720 iterations, 224 TENET steps, 44 s"
-    assert str(Advanced(3, 40, 100, 1.2345, 812.4)) == "epoch 3, loss 1.234, 812 images/s"
+    assert str(Advanced(3, 40, 100, 1.2345, None, 812.4)) == "epoch 3, loss 1.234, 812 images/s"
+    assert str(Advanced(3, 40, 100, 1.2345, 0.25, 812.4)) == "epoch 3, loss 1.234, TENET loss 0.250, 812 images/s"
     stopped = str(TrainingStopped(tmp_path, 3, 40, 100))
     assert stopped == "stopped after 40 of 100 iterations; go on with the same command and --resume"
 
@@ -321,6 +322,11 @@ def test_adversarial_training_is_picked_by_robust_accuracy(
     assert ended.test_accuracy > 0.9
 
 
+def test_an_average_of_a_short_run_forgets_the_first_weights(document: dict[str, Any], tmp_path: Path) -> None:
+    _, ended = run(changed(document, training={"ema": 0.999, "epochs": 8}), tmp_path / "run")
+    assert ended.test_accuracy > 0.8  # chance is a third
+
+
 def test_threads_are_those_of_the_recipe(document: dict[str, Any], tmp_path: Path) -> None:
     events = loop.train(changed(document, training={"threads": 2}), out=tmp_path / "run")
     next(events)
@@ -345,7 +351,7 @@ def test_without_tenet_there_are_no_tenet_steps(document: dict[str, Any], tmp_pa
         ({"tenet": {"groups": 9}}, "groups: expected 1 to 8"),
         ({"tenet": {"stage": "fc"}}, r"stage: expected maps \(batch, channels, height, width\), got \(2, 3\)"),
         ({"tenet": {"stage": "pool"}}, "stage: expected maps .* of more than one pixel"),
-        ({"training": {"learning_rate": 1e6}}, r"lower training\.learning_rate \(nothing is kept\)"),
+        ({"training": {"learning_rate": 1e6}}, r"lower training\.learning_rate and begin again \(nothing is kept\)"),
         ({"data": {"per_class": 17}}, r"per_class.* 17"),
     ],
 )

@@ -56,7 +56,8 @@ def test_shipped_recipes_name_a_stage_of_their_model(path: Path) -> None:
         model = models.build(shipped.model, classes=10)
     assert shipped.tenet.stage in cutting.stages(model)
     tenet = TenetStep(model, stage=shipped.tenet.stage, groups=shipped.tenet.groups)
-    assert tenet.channels(torch.zeros(2, 3, shipped.data.size or 32, shipped.data.size or 32)) >= 16
+    side = shipped.data.size or {"tiny-imagenet": 64}.get(shipped.data.name, 32)
+    assert tenet.channels(torch.zeros(2, 3, side, side)) >= 16
 
 
 def test_a_recipe_is_frozen(tmp_path: Path) -> None:
@@ -175,6 +176,25 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         (
             SMALLEST + 'schedule = "step"\nmilestones = [2, 3]\n',
             "demo.toml: training: expected milestones that rise and come before epoch 3, got [2, 3]",
+        ),
+        (
+            SMALLEST + 'optimizer = "adamw"\nmomentum = 0.5\n',
+            'demo.toml: training: expected momentum only with optimizer "sgd", without which it has no effect, '
+            "got 0.5; leave it out",
+        ),
+        (
+            SMALLEST + "decay = 0.5\n",
+            'demo.toml: training: expected decay only with schedule "step", without which it has no effect, got 0.5; '
+            "leave it out",
+        ),
+        (
+            SMALLEST.replace("[training]", "workers = 4\n[training]"),
+            "demo.toml: data: expected workers only with size, without which it has no effect, got 4; leave it out",
+        ),
+        (
+            SMALLEST + "[augmentation]\nsmallest_crop = 0.5\n",
+            "demo.toml: recipe: expected smallest_crop only with data.size, without which it has no effect, got 0.5; "
+            "leave it out",
         ),
         (
             SMALLEST + '[tenet]\nstage = "layer2"\nexact = true\nfused = true\n',

@@ -116,6 +116,18 @@ def test_a_run_that_ended_before_its_first_save_is_started_again(recipe: Recipe,
     assert len(_told(ended.folder)) == 4
 
 
+def test_what_is_not_a_run_s_is_neither_removed_nor_renamed(recipe: Recipe, tmp_path: Path) -> None:
+    notes = tmp_path / "run.partial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"nothing but an unfinished run in it, got notes\.txt; move it away"):
+        loop.train(recipe, out=tmp_path / "run")
+    assert notes.read_text() == "mine"
+    (tmp_path / "other.partial").touch()
+    with pytest.raises(FileExistsError, match=r"expected a folder, got a file"):
+        loop.train(recipe, out=tmp_path / "other")
+
+
 def test_an_error_before_the_first_save_leaves_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
