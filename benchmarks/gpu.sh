@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs an NVIDIA GPU, in one call: benchmarks/gpu.sh OUT, with the environment's bin folder on the PATH.
-# FOLDER=cifar10 adds the evidence in full, which takes hours and goes on where it stopped.
+# FOLDER=cifar10 in the environment adds the evidence in full, which takes hours and goes on where it stopped.
 set -uo pipefail
 out=$(realpath -m "${1:?expected the folder for the results}")
 [ -z "${FOLDER:-}" ] || FOLDER=$(realpath "$FOLDER")

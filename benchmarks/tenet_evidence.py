@@ -86,6 +86,7 @@ REGIMES = (
     Regime("TENET published", "plain", tenet={"variant": "published"}),
     Regime("TENET published, fused", "plain", tenet={"variant": "published", "fused": True}),
     Regime("TENET published, exact", "plain", tenet={"variant": "published", "exact": True}),
+    Regime("TENET paper, exact", "plain", tenet={"variant": "paper", "exact": True}),
     Regime("AugMix", "AugMix", augmix=True),
     Regime("AugMix, equal steps", "AugMix", augmix=True, longer=True),
     Regime("AugMix + TENET", "AugMix", augmix=True, tenet={"variant": "published"}),
