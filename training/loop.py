@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from training import adversarial, augment, batches, checkpoint, curves, datasets
+from training import augment, batches, checkpoint, curves, datasets, evaluation
 from training import processes as launched
 from training import run as runs
 from training.checkpoint import Part
@@ -26,7 +26,6 @@ from training.events import Advanced, EpochEnded, Event, TrainingEnded, Training
 from training.iteration import Iteration
 from training.metrics import EVENTS, METRICS, Metrics
 from training.objective import Objective
-from training.recipe import PgdAdversarial
 from training.stream import Stream
 
 if TYPE_CHECKING:
@@ -39,12 +38,10 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
     from training.run import Run
 
-EVALUATION_BATCH = 500  # images; bounds memory and does not change accuracies; attacks and large images take training's
 ADVANCE_SECONDS = 0.2  # between two Advanced; each waits for the device
 CHECK_EVERY = 50  # batches between looks at whether the loss is still a number; each waits for the device
 AGREE_EVERY = 10  # batches between looks, of several processes together, at whether one was asked to stop
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a quota or a file size that is full
-VALIDATION_STEPS = 10  # of the attack that picks the best epoch of adversarial training
 
 
 def train(
@@ -291,31 +288,9 @@ def _diverged(work: _Work, run: Run, what: str) -> ValueError:
 
 
 def _accuracy(work: _Work, run: Run, part: str, *, attacked: bool = False) -> float:
-    """Return the share of a part's images that the model, left in evaluation mode, classifies correctly.
-
-    `attacked` perturbs them within the recipe's epsilon first, by a short attack from no random start.
-    """
-    source, processes = work.sources[part], work.processes
-    indices = torch.arange(len(source))[processes.number :: processes.count]
-    model = run.deployed.eval()
-    right = torch.zeros((), dtype=torch.int64, device=processes.device)
-    large = attacked or work.recipe.data.size is not None
-    batch = launched.own_batch(work.recipe.training, processes) if large else EVALUATION_BATCH
-    for images, labels in source.evaluation(indices, batch_size=batch):
-        x = augment.unit_range(images)
-        if attacked:
-            attack = _validation_attack(work.recipe)
-            x = adversarial.pgd(x, labels, model=model, settings=attack, stream=Stream(run.generators["attack"]))
-        with torch.inference_mode():
-            right += (model(x).argmax(1) == labels).sum()
-    return int(processes.sum(right)) / len(source)
-
-
-def _validation_attack(recipe: Recipe) -> PgdAdversarial:
-    assert recipe.adversarial is not None
-    epsilon = recipe.adversarial.epsilon
-    return PgdAdversarial(
-        method="pgd", epsilon=epsilon, steps=VALIDATION_STEPS, step_size=epsilon / 4, random_start=False
+    stream = Stream(run.generators["attack"]) if attacked else None
+    return evaluation.accuracy(
+        run.deployed, work.sources[part], recipe=work.recipe, processes=work.processes, attack=stream
     )
 
 
