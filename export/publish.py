@@ -260,10 +260,8 @@ def _not_run(reference: str, explanation: str) -> Parity:
 def images_for(run: Path | None, folder: Path | None, *, split: str, count: int) -> ImageSet:
     """Return images for calibration or parity: the user's folder, or the data set that the run was trained on."""
     source = None if run is None else checkpoint.record(run).recipe.data
-    size = None if source is None else source.size
+    size = None if run is None else _side(checkpoint.record(run))
     if folder is not None:
-        if run is not None and size is None:
-            size = checkpoint.record(run).input_shape[1]
         return _subset(data.from_folder(folder), f"images of {folder.name}", count, size=size)
     if source is None:
         raise ValueError("this model has no training run to take images from; name a folder by --images")
@@ -272,7 +270,13 @@ def images_for(run: Path | None, folder: Path | None, *, split: str, count: int)
         stored = datasets.find(source.name, split=split, root=root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; or name a folder of images by --images") from error
-    return _subset(stored, f"{source.name} {split} images", count, size=size)
+    return _subset(stored, f"{source.name} {split} images", count, size=source.size)
+
+
+def _side(record: checkpoint.RunRecord) -> int | None:
+    """Return the side that other images are brought to, in pixels; images of oblong inputs must have their size."""
+    _, height, width = record.input_shape
+    return height if height == width else None
 
 
 def _subset(stored: data.Images, description: str, count: int, *, size: int | None) -> ImageSet:

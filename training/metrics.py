@@ -83,8 +83,8 @@ class Metrics:
                     self._events.add_scalar(name, values[key], global_step=values["epoch"])
             self._events.flush()
         except OSError as error:
-            msg = f"{self._path}: epoch {values['epoch']} cannot be written: {error.strerror or error}; "
-            raise OSError(error.errno, msg + "make room, and go on with --resume") from error
+            msg = f"{self._path}: epoch {values['epoch']} cannot be written: {error.strerror or error}"
+            raise OSError(error.errno, msg) from error  # what to do is said by the loop, which knows what is kept
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -85,6 +85,7 @@ def test_images_for_a_proof_are_those_that_the_run_was_tested_with(digits_run: P
     run = Path(shutil.copytree(digits_run, tmp_path / "run"))
     record = json.loads((run / checkpoint.RUN).read_text())
     record["recipe"]["data"] = {"name": "folder", "root": str(tmp_path / "images"), "size": 16}
+    record["input_shape"] = [3, 16, 16]
     (run / checkpoint.RUN).write_text(json.dumps(record))
     proof = publish.images_for(run, None, split="test", count=9)
     assert proof.images.shape == (9, 3, 16, 16)
@@ -95,6 +96,18 @@ def test_images_for_a_proof_are_those_that_the_run_was_tested_with(digits_run: P
     own = publish.images_for(run, tmp_path / "images" / "train", split="test", count=99)
     assert own.images.shape == (12, 3, 16, 16)
     assert own.images.max() * 255 < 60
+
+
+@pytest.mark.parametrize(("input_shape", "expected"), [((3, 32, 32), (32, 32)), ((3, 32, 40), (24, 30))])
+def test_images_of_ones_own_are_brought_to_the_size_of_a_square_input(
+    digits_run: Path, tmp_path: Path, input_shape: tuple[int, ...], expected: tuple[int, int]
+) -> None:
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    Image.new("RGB", (30, 24)).save(tmp_path / "images" / "cat" / "0.png")
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
+    record = json.loads((run / checkpoint.RUN).read_text()) | {"input_shape": input_shape}
+    (run / checkpoint.RUN).write_text(json.dumps(record))
+    assert publish.images_for(run, tmp_path / "images", split="test", count=1).images.shape[2:] == expected
 
 
 def test_a_variant_that_does_not_agree_is_refused_and_nothing_is_published(
