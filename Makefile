@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A process a core, and one thread in each: two thread pools on two cores are slower than none.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
-EXTRAS := train,audit,web,tensorrt-rtx,dev
+EXTRAS := train,audit,web,tensorrt-rtx,tensorrt-rtx-provider,s3,dev
 
 .PHONY: demo test setup check test-all gpu bench serve
 setup: .venv/installed

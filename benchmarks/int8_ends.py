@@ -8,15 +8,22 @@ from __future__ import annotations
 import argparse
 import platform
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from typing import TYPE_CHECKING
 
-from export import parity, precision, publish
-from export.engines import open_engine
-from export.engines.ort import OrtEngine
-from export.manifest import Manifest, Parity
-from export.repository import Repository, Version
+import numpy as np
+
+from export import images, int8, publish, sensitivity, variant
+from export.repository import Repository
 from training import loop, recipe
+
+if TYPE_CHECKING:
+    from export.images import ImageSet
+    from export.int8 import Quantiser
+
+# Images that disagreement is measured on, at most.
+PROOF_IMAGES = 512
 
 RECIPE = """
 [data]
@@ -41,47 +48,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings")
     seeds = parser.parse_args().seeds
-    print("seed  ends in fp32: disagreement, mean logit difference   ends in int8 too: the same")
+    print("seed  target     ends in fp32: disagreement, mean logit difference   ends in int8 too: the same")
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
-            fp32 = _trained(Path(folder) / str(seed), seed)
-            kept = _int8(fp32, Path(folder) / "kept.onnx")
-            with mock.patch.object(precision, "_ends", return_value=[]):
-                every = _int8(fp32, Path(folder) / "every.onnx")
-            print(f"{seed:4}  {_line(kept):>52}   {_line(every)}")
+            run, source = _trained(Path(folder) / str(seed), seed)
+            calibration, proof = (_images(run, split) for split in ("train", "test"))
+            for target in ("cpu", "tensorrt"):
+                kept = int8.quantiser(source, inputs=calibration.images, target=target)
+                layers = kept.prepared.layers
+                every = replace(kept, ends=kept.ends - {layers[0].name, layers[-1].name})
+                print(f"{seed:4}  {target:8} {_line(kept, proof):>52}   {_line(every, proof)}")
     print(
-        f"504 test images of digits; {platform.processor() or platform.machine()}, Python {platform.python_version()}"
+        f"{len(proof)} {proof.description}; {platform.processor() or platform.machine()}, "
+        f"Python {platform.python_version()}"
     )
 
 
-def _trained(folder: Path, seed: int) -> Version:
+def _trained(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Return a run and its ONNX file."""
     folder.mkdir()
     (folder / "recipe.toml").write_text(RECIPE.format(seed=seed))
     for _ in loop.train(recipe.read(folder / "recipe.toml"), out=folder / "run"):
         pass
-    return publish.publish_checkpoint(folder / "run", repository=Repository(folder / "models"), name="digits")
+    fp32 = publish.publish_checkpoint(folder / "run", repository=Repository(folder / "models"), name="digits")
+    return folder / "run", fp32.folder / fp32.manifest.file
 
 
-def _int8(fp32: Version, path: Path) -> Parity:
-    run = fp32.folder / "checkpoint"
-    calibration = publish.images_for(run, None, split="train", count=publish.CALIBRATION_IMAGES)
-    proof = publish.images_for(run, None, split="test", count=publish.PARITY_IMAGES)
-    source = fp32.folder / fp32.manifest.file
-    precision.int8_from_onnx(source, path, images=calibration.images, input_name=fp32.manifest.inputs[0].name)
-    with open_engine(fp32.folder) as engine:
-        expected = parity.batched(engine, proof.images, batch=64)
-    with _engine(path, fp32.manifest) as engine:
-        answers = parity.batched(engine, proof.images, batch=64)
-    return parity.compare(answers, expected, reference="fp32", images="test", limits=parity.LIMITS["int8"])
+def _images(run: Path, split: str) -> ImageSet:
+    count = variant.CALIBRATION_IMAGES if split == "train" else PROOF_IMAGES
+    return images.from_run(run, split=split, count=count, class_names=tuple("0123456789"))
 
 
-def _engine(path: Path, manifest: Manifest) -> OrtEngine:
-    return OrtEngine(path.parent, manifest.model_copy(update={"file": path.name}), device="cpu", threads=1)
-
-
-def _line(result: Parity) -> str:
-    assert result.agreement is not None
-    return f"{1 - result.agreement:.2%}, {result.mean_abs_difference:.3f}"
+def _line(quantiser: Quantiser, proof: ImageSet) -> str:
+    expected = sensitivity.answers(quantiser.prepared.model, proof.images)
+    answers = sensitivity.answers(quantiser.graph(), proof.images)
+    disagreement = sensitivity.disagreement(answers, expected)
+    return f"{disagreement:.2%}, {np.abs(answers - expected).mean():.3f}"
 
 
 if __name__ == "__main__":

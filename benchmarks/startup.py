@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.hardware import hardware
 from export import manifest as manifests
-from export.manifest import Manifest, Parity, TensorSpec
+from export.manifest import Manifest, Parity, Requirements, TensorSpec
 from export.repository import Repository
 from service.client import Client
 
@@ -52,7 +52,8 @@ def publish(repository: Path, name: str, graph: onnx.GraphProto) -> None:
                 outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),),
                 class_names=tuple(f"class{index}" for index in range(CLASSES)),
                 max_batch=MAX_BATCH,
-                parity=Parity(status="passed", reference="none", images="none", explanation="made for a benchmark"),
+                requires=Requirements(runtime=">=1.27"),
+                parity=Parity(status="passed", reference="none", explanation="made for a benchmark"),
             )
         )
 

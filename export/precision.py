@@ -1,88 +1,91 @@
-"""ONNX fp32 -> ONNX int8, calibrated on real images.
+"""ONNX fp32 file -> ONNX fp16 or int8 file, with the layers that must not be rounded left in fp32.
 
-fp32 graph --fold, infer shapes--> prepared --min-max over images--> QDQ graph, U8 activations, S8 weights
+fp32 file --fp16.converter | int8.quantiser--> graph --onnx.checker--> file, and what it keeps in fp32
 """
 
 from __future__ import annotations
 
-import tempfile
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from export import fp16, int8, preparation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from export.engines.base import Images
-
-# Images a calibration step: enough to keep both cores busy, small enough for any memory.
-_BATCH = 32
+    from export.calibration import Inputs
+    from export.manifest import Method, Target
 
 
-def int8_from_onnx(source: Path, path: Path, *, images: Images, input_name: str) -> None:
-    """Write the int8 version of an ONNX file, for CPUs: U8 activations, S8 weights, per channel.
+def fp16_from_onnx(
+    source: Path, path: Path, *, keep: Sequence[str] = (), inputs: Inputs | None = None
+) -> tuple[str, ...]:
+    """Write the fp16 version of an ONNX file; what it takes and answers keeps its types.
 
-    On CPUs with VNNI this form is the fast one; S8 activations are slower there than fp32.
+    Images are normalised in fp32. Nodes whose weights are beyond what fp16 holds stay in fp32, and so do those whose
+    activations are, where images are given.
 
     Args:
         source: the fp32 file.
         path: the file to write.
-        images: (N, C, H, W) float32 in [0, 1], from the training data: activation ranges come from them.
-        input_name: the graph's image input.
+        keep: names of nodes to keep in fp32, as `sensitivity` reports them or as they stand in the source.
+        inputs: (N, ...) images as the graph takes them.
+
+    Returns:
+        The names of the nodes left in fp32.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: the file cannot be taken, or has no node of a name to keep.
     """
-    if not len(images):
+    return _written(fp16.converter(source, inputs=inputs), path, source=source, keep=keep)
+
+
+def int8_from_onnx(
+    source: Path,
+    path: Path,
+    *,
+    inputs: Inputs,
+    target: Target = "cpu",
+    method: Method = "minmax",
+    percentile: float = 99.99,
+    keep: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Write the int8 version of an ONNX file; its first convolution and its last product stay in fp32.
+
+    Args:
+        source: the fp32 file.
+        path: the file to write.
+        inputs: (N, ...) images as the graph takes them, from the training data: activation ranges come from them.
+        target: "cpu" for U8 activations and S8 weights per channel, which is the fast form on CPUs with VNNI;
+            "tensorrt" for S8 activations and weights, symmetric, with a pair of QuantizeLinear and DequantizeLinear
+            for each layer's input, and fp32 biases.
+        method: how ranges are chosen (`calibration.ranges`).
+        percentile: the share of values that a range holds, in percent; only of method "percentile".
+        keep: names of further nodes to keep in fp32, as `sensitivity` reports them or as they stand in the source.
+
+    Returns:
+        The names of the nodes kept in fp32 that would have been quantised.
+
+    Raises:
+        ValueError: there are no images or they do not fit the graph, the file cannot be taken, it has no node of a
+            name to keep, or no layer is left to quantise.
+    """
+    made = int8.quantiser(source, inputs=inputs, target=target, method=method, percentile=percentile)
+    return _written(made, path, source=source, keep=keep)
+
+
+def _written(
+    made: fp16.Converter | int8.Quantiser, path: Path, *, source: Path, keep: Sequence[str]
+) -> tuple[str, ...]:
+    names = made.prepared.resolved(keep)
+    if not any(node.op_type in preparation.WEIGHTED for node in made.candidates(names)):
         raise ValueError(
-            "int8 needs images for calibration: expected at least one, got none; name a folder by --images"
+            f"{source}: expected a layer to convert, found none: those there are stay in fp32, as what is kept or as "
+            "the first convolution and the last product; keep fewer, or stay with fp32"
         )
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        # onnxruntime's quantiser calls deprecated parts of onnx.
-        warnings.simplefilter("ignore")
-        prepared = Path(scratch) / "prepared.onnx"
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(path),
-            _ImageReader(images, input_name=input_name),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            nodes_to_exclude=_ends(prepared),
-        )
-
-
-def _ends(path: Path) -> list[str]:
-    """Return the first convolution and the last matrix product: they stay in fp32.
-
-    The first sees the pixels, the last makes the logits, and neither costs much. On three digit classifiers, quantising
-    these two as well made top-1 differ from fp32 on 1.2, 9.3 and 2.2 % of 504 images; without them, on 0.0, 0.0 and
-    0.2 % (benchmarks/int8_ends.py).
-    """
-    nodes = onnx.load(path).graph.node
-    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
-    products = [node.name for node in nodes if node.op_type in {"Gemm", "MatMul"}]
-    return [*convolutions[:1], *products[-1:]]
-
-
-class _ImageReader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands the calibrator one batch after another."""
-
-    def __init__(self, images: Images, *, input_name: str) -> None:
-        self._batches = self._feeds(images, input_name)
-
-    @staticmethod
-    def _feeds(images: Images, input_name: str) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-        for start in range(0, len(images), _BATCH):
-            yield {input_name: images[start : start + _BATCH]}
-
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        """Return the next feed, None after the last (ONNX Runtime's interface)."""
-        return next(self._batches, None)
+    model = made.graph(kept=names)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return made.kept(names)

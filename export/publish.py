@@ -1,291 +1,419 @@
 """Publish engines: build the file, prove its parity, describe it, and only then let readers see it.
 
-checkpoint --onnx_graph--> fp32 ONNX --parity with PyTorch--> model@1
-model@1 --precision, tensorrt_plan--> variant --parity with model@1--> variant@1
+run, or a factory and weights --onnx_graph--> ONNX fp32 --parity with PyTorch-----------> model@1
+anybody's ONNX                --foreign-----> ONNX      --parity with the file itself---> model@1
+model@1                       --variant-----> variant   --parity with model@1-----------> variant@1
 """
 
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
+import onnx
 
+from export import classifier, foreign, images, onnx_file, onnx_graph, parity, reference, twin
 from export import manifest as manifests
-from export import onnx_graph, parity, precision, tensorrt_plan
 from export.engines import open_engine
 from export.engines.base import CannotRunHere
-from export.manifest import Manifest, Parity, Source, Twin, sha256_of
-from training import augment, checkpoint, data, datasets
+from export.labels import check, class_names
+from export.manifest import Build, Manifest, Parity, Provenance, Requirements, Twin
+from export.parity import ParityFailed
+from export.reference import Reference
+from export.requirements import Machine
+from training import checkpoint
 
 if TYPE_CHECKING:
-    from export.engines.base import Engine, Images, Logits
-    from export.manifest import Precision, Runtime
+    from collections.abc import Sequence
+
+    from export.images import ImageSet
+    from export.mapping import Mapping
     from export.repository import Draft, Repository, Version
 
 # Images an engine takes at once unless the export says otherwise.
 MAX_BATCH = 64
 
-# Ranges are minima and maxima over these images: enough to meet the extremes, few enough to take a second.
-CALIBRATION_IMAGES = 256
-
+# Images of a proof: a true disagreement of 1 % is then measured to within one point.
 PARITY_IMAGES = 512
 
-_TWIN_FOLDER = "checkpoint"
+TWIN_FOLDER = "checkpoint"
+
+# What stands for the repository's place in the command of a manifest: it may be elsewhere tomorrow.
+REPOSITORY = "REPOSITORY"
+
+# The first ONNX Runtime that takes files of an IR version.
+_ORT_OF_IR = {9: "1.17", 10: "1.18", 11: "1.23"}
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """Images for a proof: float32 NCHW in [0, 1], and what they are for the reader of the manifest."""
+class Form:
+    """What an engine takes and gives.
 
-    images: Images
-    description: str
+    Attributes:
+        input: "float32", NCHW in [0, 1], or "uint8", NHWC.
+        output: "logits" or "probabilities".
+        max_batch: the largest batch it will take.
+    """
+
+    input: Literal["float32", "uint8"] = "float32"
+    output: Literal["logits", "probabilities"] = "logits"
+    max_batch: int = MAX_BATCH
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What counts as proof, and what becomes of an engine without it.
+
+    Attributes:
+        images: a folder of class folders to calibrate and to compare with, instead of a run's own images.
+        count: how many images to compare on, at most.
+        max_disagreement: the largest share of images whose top-1 class may differ; the precision's own by default.
+        block: publish an engine that fails, as one that is not served, instead of publishing nothing.
+    """
+
+    images: Path | None = None
+    count: int = PARITY_IMAGES
+    max_disagreement: float | None = None
+    block: bool = False
+
+    def limits(self, precision: str) -> parity.Limits:
+        """Return what a precision is allowed."""
+        return parity.LIMITS[precision].allowing(self.max_disagreement)
 
 
 def publish_checkpoint(
-    run: Path, *, repository: Repository, name: str, images: Path | None = None, max_batch: int = MAX_BATCH
+    run: Path, *, repository: Repository, name: str, form: Form | None = None, terms: Terms | None = None
 ) -> Version:
     """Publish a training run as ONNX fp32, together with its checkpoint.
 
-    Args:
-        run: the folder that training wrote.
-        repository: where to.
-        name: the model's name; a first version makes the model.
-        images: a folder of class folders for the parity check, instead of the run's own test images.
-        max_batch: the largest batch the engine will take.
-
     Raises:
         FileNotFoundError: the run or the images are missing.
-        ValueError: the checkpoint is damaged, cannot be exported, or failed parity; nothing is published.
+        ParityFailed: the engine does not answer as the checkpoint; nothing is published, or it is as blocked.
+        ValueError: the checkpoint is damaged or cannot be exported; nothing is published.
     """
-    trained = checkpoint.load(run)
-    proof = images_for(run, images, split="test", count=PARITY_IMAGES)
+    form, terms = form or Form(), terms or Terms()
+    trained, record = checkpoint.load(run), checkpoint.record(run)
+    shape, names = trained.input_shape, trained.class_names
+    proof = proof_images(terms, run=run, image_shape=shape, class_names=names)
     with repository.draft(name) as draft:
+        folder = draft.folder / TWIN_FOLDER
+        folder.mkdir()
+        for file in (checkpoint.WEIGHTS, checkpoint.RUN):  # without the metrics and pictures beside them
+            shutil.copy2(run / file, folder / file)
         path = draft.folder / "model.onnx"
-        shape, names = trained.input_shape, trained.class_names
-        onnx_graph.onnx_from_module(trained.model, path, image_shape=shape, class_names=names)
-        _copy_checkpoint(run, draft.folder / _TWIN_FOLDER)
-        inputs, outputs = onnx_graph.specs(path)
-        manifest = Manifest(
-            model=name,
-            version=draft.version,
-            file="model.onnx",
-            sha256=sha256_of(path),
-            runtime="onnxruntime",
-            precision="fp32",
-            inputs=inputs,
-            outputs=outputs,
-            class_names=names,
-            max_batch=max_batch,
-            twin=Twin(folder=_TWIN_FOLDER, file=checkpoint.WEIGHTS, sha256=trained.sha256),
-            parity=_not_run("PyTorch checkpoint", "the comparison has not been made yet"),
-            build=_build("torch", "onnx", "onnxscript"),
+        onnx_graph.onnx_from_module(
+            trained.model, path, image_shape=shape, class_names=names, input=form.input, output=form.output
         )
-        _prove(draft, manifest, _twin_answers(run, proof), proof, reference="PyTorch checkpoint")
-    return repository.find(name, draft.version)
+        source = record.model_dump(mode="json")
+        provenance = Provenance(
+            kind="run", file=checkpoint.WEIGHTS, sha256=trained.sha256, recipe=source["recipe"], data=source["data"],
+            commit=record.commit,
+        )  # fmt: skip
+        manifest = _original(draft, form, class_names=names, provenance=provenance, twin=_twin(draft))
+        manifest = manifest.model_copy(update={"build": _build([str(run.name)], name, form, terms, _EXPORTER)})
+        against = reference.of_module(trained.model, name=reference.CHECKPOINT, output=form.output)
+        prove(draft, manifest, against, proof, terms=terms)
+    return published(repository, draft)
 
 
-def publish_variant(
-    source: Version,
+def publish_network(
+    network: twin.Network,
+    weights: Path,
     *,
     repository: Repository,
     name: str,
-    kind: Precision,
-    runtime: Runtime,
-    images: Path | None = None,
-    max_batch: int | None = None,
+    form: Form | None = None,
+    terms: Terms | None = None,
 ) -> Version:
-    """Publish another precision or runtime of a model that is in the repository.
+    """Publish a PyTorch network of somebody's own as ONNX fp32, together with its weights.
 
     Args:
-        source: an ONNX fp32 version.
+        network: its factory, input, classes and normalisation.
+        weights: its plain state_dict, a safetensors file or one that `weights_only` can read.
         repository: where to.
-        name: the variant's own name.
-        kind: "fp32" or "int8".
-        runtime: "onnxruntime", "tensorrt" or "tensorrt_rtx".
-        images: a folder of class folders for calibration and parity, instead of the run's own images.
-        max_batch: the largest batch the engine will take; the source's by default.
+        name: the model's name.
+        form: what the engine takes and gives.
+        terms: what counts as proof.
 
     Raises:
-        RuntimeError: the runtime is not installed here.
-        ValueError: the combination does not exist, or parity failed; nothing is published.
+        FileNotFoundError: no such file.
+        ParityFailed: the engine does not answer as the network.
+        ValueError: the factory or the weights do not fit, or the network cannot be exported.
     """
-    manifest = manifests.verify(source.folder)
-    if manifest.file != "model.onnx" or manifest.precision != "fp32":
-        raise ValueError(f"{source}: variants are made from an ONNX fp32 model, this one is {manifest.precision}")
-    if (kind, runtime) not in _BUILDERS:
-        known = ", ".join(f"{precision} on {runtime}" for precision, runtime in _BUILDERS)
-        raise ValueError(f"{kind} on {runtime}: no such variant; expected one of {known}")
-    if name == manifest.model:
-        raise ValueError(f"{name!r}: a variant is a model of its own; choose another name, such as '{name}-{kind}'")
-    twin = repository.twin_of(source)
+    form, terms = form or Form(), terms or Terms()
+    proof = proof_images(terms, run=None, image_shape=network.input_shape, class_names=network.class_names)
     with repository.draft(name) as draft:
-        file: Literal["model.onnx", "model.plan"] = "model.onnx" if runtime == "onnxruntime" else "model.plan"
-        max_batch = max_batch or manifest.max_batch
-        job = _Job(source, draft.folder / file, runtime, max_batch, twin, images)
-        build = _BUILDERS[kind, runtime](job)
-        described = manifest.model_copy(
-            update={
-                "model": name,
-                "version": draft.version,
-                "file": file,
-                "sha256": sha256_of(job.path),
-                "runtime": runtime,
-                "precision": kind,
-                "max_batch": max_batch,
-                "twin": None,
-                "source": Source(model=manifest.model, version=manifest.version, sha256=manifest.sha256),
-                "parity": _not_run(str(source), "the comparison has not been made yet"),
-                "build": build,
-            }
+        module = twin.write(draft.folder / TWIN_FOLDER, network, weights)
+        path, shape, names = draft.folder / "model.onnx", network.input_shape, network.class_names
+        onnx_graph.onnx_from_module(
+            module, path, image_shape=shape, class_names=names, input=form.input, output=form.output
         )
-        proof = images_for(twin, images, split="test", count=PARITY_IMAGES)
-        _prove(draft, described, _engine_answers(source, proof), proof, reference=str(source))
-    return repository.find(name, draft.version)
+        provenance = Provenance(
+            kind="weights", file=weights.name, sha256=manifests.sha256_of(weights), factory=network.factory
+        )
+        manifest = _original(draft, form, class_names=names, provenance=provenance, twin=_twin(draft))
+        command = ["--factory", network.factory, "--weights", weights.name, *_network_flags(network)]
+        manifest = manifest.model_copy(update={"build": _build(command, name, form, terms, _EXPORTER)})
+        against = reference.of_module(module, name=reference.NETWORK, output=form.output)
+        prove(draft, manifest, against, proof, terms=terms)
+    return published(repository, draft)
 
 
-def verify(version: Version, *, repository: Repository, images: Path | None = None) -> Version:
+def publish_onnx(
+    path: Path,
+    *,
+    repository: Repository,
+    name: str,
+    mapping: Mapping,
+    labels: str | Path | None = None,
+    form: Form | None = None,
+    terms: Terms | None = None,
+) -> Version:
+    """Publish anybody's ONNX classifier, adapted to take images in [0, 1].
+
+    Args:
+        path: the file; external data lie in its folder.
+        repository: where to.
+        name: the model's name.
+        mapping: what its input and output mean.
+        labels: class names "a,b,c", or a file with one a line; None for the mapping's, or those in the file's metadata.
+        form: what the engine takes; its output is what the mapping says.
+        terms: what counts as proof.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ParityFailed: the adapted graph does not answer as the file does.
+        ValueError: the file is no classifier that can be served; nothing is published.
+    """
+    form, terms = form or Form(), terms or Terms()
+    model = onnx_file.load(path)
+    count = foreign.class_count(model, mapping)
+    names = (
+        check(mapping.labels, count=count) if mapping.labels and labels is None else class_names(labels, model, count)
+    )
+    adapted = foreign.adapted(model, mapping, class_names=names, input=form.input)
+    form = Form(form.input, adapted.output, form.max_batch)
+    with repository.draft(name) as draft:
+        onnx_file.write(adapted.model, draft.folder / "model.onnx")
+        original = draft.folder / reference.ORIGINAL
+        onnx_file.write(classifier.pruned(model, mapping), original)
+        (draft.folder / reference.MAPPING).write_text(mapping.model_dump_json(indent=2) + "\n")
+        provenance = Provenance(kind="onnx", file=path.name, sha256=manifests.sha256_of(path))
+        manifest = _original(draft, form, class_names=names, provenance=provenance, twin=None)
+        build = _build([path.name], name, form, terms, ("onnx",), verb="import", notes=adapted.notes)
+        manifest = manifest.model_copy(update={"build": build})
+        proof = proof_images(terms, run=None, image_shape=manifest.image_shape, class_names=names)
+        against = reference.of_original(original, mapping, name=path.name, class_names=names)
+        prove(draft, manifest, against, proof, terms=terms)
+    return published(repository, draft)
+
+
+def verify(
+    version: Version, *, repository: Repository, images: Path | None = None, terms: Terms | None = None
+) -> Version:
     """Complete, or repeat, the proof of parity of a published version on this machine, and record its result.
 
     Args:
         version: what to prove.
         repository: where it, and what it was made from, are.
         images: a folder of class folders, instead of the run's own test images.
+        terms: what counts as proof.
 
     Raises:
-        RuntimeError: its runtime cannot run here.
-        ValueError: a file is damaged, there is nothing to compare with, or parity failed (which is recorded, too).
+        CannotRunHere: its runtime cannot run here.
+        ParityFailed: parity failed; that is recorded, too.
+        ValueError: a file is damaged, or there is nothing to compare with.
     """
-    run = repository.twin_of(version)
-    proof = images_for(run, images, split="test", count=PARITY_IMAGES)
-    source = version.manifest.source
-    if source is not None:
-        origin = repository.find(source.model, source.version)
-        reference, expected = str(origin), _engine_answers(origin, proof)
-    elif run is not None:
-        reference, expected = "PyTorch checkpoint", _twin_answers(run, proof)
-    else:
-        raise ValueError(f"{version}: expected a source or a checkpoint to compare with, found none; export it again")
-    result = _measure(open_engine(version.folder), expected, proof, reference=reference)
+    terms = terms or Terms(images=images)
+    manifest = manifests.verify_all(version.folder)
+    against = reference.of_version(version, repository=repository)
+    proof = proof_images(
+        terms, run=run_of(version, repository), image_shape=manifest.image_shape, class_names=manifest.class_names
+    )
+    result = _measured(version.folder, against, proof, limits=_limits(manifest, terms))
     repository.record_proof(version, result)
     if result.status == "failed":
-        raise ValueError(f"{version}: parity with {reference} failed: {result.explanation}")
-    return repository.find(version.manifest.model, version.manifest.version)
+        raise ParityFailed(f"{version}: parity with {against.name} failed: {result.explanation}", result)
+    return repository.find(manifest.model, manifest.version)
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: Version
-    path: Path
-    runtime: str
-    max_batch: int
-    twin: Path | None
-    images: Path | None
+def exported(run: Path, *, repository: Repository, form: Form) -> Version | None:
+    """Return the newest engine of a repository that was exported from a run's weights in this form, if there is one."""
+    sha256 = checkpoint.record(run).sha256
+    found = [repository.find(name, number) for name in repository.models() for number in repository.versions(name)]
+    for version in reversed(found):
+        manifest = version.manifest
+        made_of = None if manifest.source is not None or manifest.provenance is None else manifest.provenance.sha256
+        kind = "uint8" if manifest.channels_last else "float32"
+        if (made_of, kind, manifest.output) == (sha256, form.input, form.output) and manifest.servable:
+            return version
+    return None
 
 
-def _build_int8(job: _Job) -> dict[str, str]:
-    calibration = images_for(job.twin, job.images, split="train", count=CALIBRATION_IMAGES)
-    source = job.source.folder / job.source.manifest.file
-    input_name = job.source.manifest.inputs[0].name
-    precision.int8_from_onnx(source, job.path, images=calibration.images, input_name=input_name)
-    return {**_build("onnxruntime-gpu", "onnx"), "calibration": calibration.description}
+def run_of(version: Version, repository: Repository) -> Path | None:
+    """Return the folder of the training run that an engine descends from, if it is one of ours."""
+    files = repository.twin_of(version)
+    return files.folder if files is not None and (files.folder / checkpoint.RUN).is_file() else None
 
 
-def _build_plan(job: _Job) -> dict[str, str]:
-    source = job.source.folder / job.source.manifest.file
-    image = job.source.manifest.inputs[0]
-    options = tensorrt_plan.plan_from_onnx(source, job.path, runtime=job.runtime, image=image, max_batch=job.max_batch)
-    return {**_build("onnx"), **options}
+def proof_images(
+    terms: Terms, *, run: Path | None, image_shape: tuple[int, int, int], class_names: Sequence[str]
+) -> ImageSet:
+    """Return the images to compare on: the user's, the run's test images, or noise where there is neither."""
+    if terms.images is not None:
+        return images.from_folder(terms.images, count=terms.count, image_shape=image_shape, class_names=class_names)
+    if run is not None:
+        return images.from_run(run, split="test", count=terms.count, class_names=class_names)
+    return images.noise(count=terms.count, image_shape=image_shape)
 
 
-_BUILDERS = {
-    ("int8", "onnxruntime"): _build_int8,
-    ("fp32", "tensorrt"): _build_plan,
-    ("fp32", "tensorrt_rtx"): _build_plan,
-}
+def prove(draft: Draft, manifest: Manifest, against: Reference, proof: ImageSet, *, terms: Terms) -> None:
+    """Describe the draft, run the engine it has become, and refuse or block it if its answers are not its source's.
 
+    An engine that cannot run here is described as not proved yet.
 
-def _prove(draft: Draft, manifest: Manifest, expected: Logits, proof: ImageSet, *, reference: str) -> None:
-    """Describe the draft, run the engine it has become, and refuse it if its answers are not its source's."""
+    Raises:
+        ParityFailed: the answers differ, and the terms do not say to publish it as blocked.
+    """
     draft.describe(manifest)
     try:
-        engine = open_engine(draft.folder)
+        result = _measured(draft.folder, against, proof, limits=terms.limits(manifest.precision))
     except CannotRunHere as error:
-        draft.describe(manifest.model_copy(update={"parity": _not_run(reference, str(error))}))
-        return
-    result = _measure(engine, expected, proof, reference=reference)
-    if result.status == "failed":
-        raise ValueError(f"{manifest.model}: not published, parity with {reference} failed: {result.explanation}")
+        explanation = "; ".join(filter(None, (str(error), manifest.parity.explanation)))
+        result = not_run(against.name, explanation)
+    judge(result, manifest.model, terms=terms)
     draft.describe(manifest.model_copy(update={"parity": result}))
 
 
-def _measure(engine: Engine, expected: Logits, proof: ImageSet, *, reference: str) -> Parity:
-    with engine:
-        answers = parity.batched(engine, proof.images, batch=engine.manifest.max_batch)
-    limits = parity.LIMITS[engine.manifest.precision]
-    return parity.compare(answers, expected, reference=reference, images=proof.description, limits=limits)
+def judge(result: Parity, name: str, *, terms: Terms) -> None:
+    """Raise ParityFailed for a failed proof, unless the terms say to publish it as blocked."""
+    if result.status == "failed" and not terms.block:
+        raise ParityFailed(
+            f"{name}: not published, parity with {result.reference} failed: {result.explanation}", result
+        )
 
 
-def _twin_answers(run: Path, proof: ImageSet) -> Logits:
-    model = checkpoint.load(run).model
-
-    def answer(batch: Images) -> Logits:
-        with torch.inference_mode():
-            return np.asarray(model(torch.from_numpy(batch)).numpy())
-
-    return parity.batched(answer, proof.images, batch=MAX_BATCH)
+def published(repository: Repository, draft: Draft) -> Version:
+    """Return what a draft has become."""
+    return repository.find(draft.model, draft.version)
 
 
-def _engine_answers(version: Version, proof: ImageSet) -> Logits:
-    with open_engine(version.folder) as engine:
-        return parity.batched(engine, proof.images, batch=version.manifest.max_batch)
+def not_run(name: str, explanation: str) -> Parity:
+    """Return the proof of an engine that has not been compared with `name` yet."""
+    return Parity(status="not run", reference=name, explanation=explanation)
 
 
-def _copy_checkpoint(run: Path, folder: Path) -> None:
-    """Copy the weights and their record, without the metrics and pictures beside them."""
-    folder.mkdir()
-    for name in (checkpoint.WEIGHTS, checkpoint.RUN):
-        shutil.copy2(run / name, folder / name)
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python and of packages, for a manifest."""
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
 
 
-def _not_run(reference: str, explanation: str) -> Parity:
-    return Parity(status="not run", reference=reference, images="none", explanation=explanation)
+def ort_requirements(path: Path) -> Requirements:
+    """Return what a machine needs to run an ONNX file."""
+    ir = onnx.load(path, load_external_data=False).ir_version
+    return Requirements(runtime=f">={_ORT_OF_IR.get(max(ir, min(_ORT_OF_IR)), metadata.version('onnxruntime-gpu'))}")
 
 
-def images_for(run: Path | None, folder: Path | None, *, split: str, count: int) -> ImageSet:
-    """Return images for calibration or parity: the user's folder, or the data set that the run was trained on."""
-    source = None if run is None else checkpoint.record(run).recipe.data
-    size = None if run is None else _side(checkpoint.record(run))
-    if folder is not None:
-        return _subset(data.from_folder(folder), f"images of {folder.name}", count, size=size)
-    if source is None:
-        raise ValueError("this model has no training run to take images from; name a folder by --images")
-    root = None if source.root is None else Path(source.root)
-    try:
-        stored = datasets.find(source.name, split=split, root=root)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; or name a folder of images by --images") from error
-    return _subset(stored, f"{source.name} {split} images", count, size=source.size)
+def command_of(arguments: Sequence[str], name: str, form: Form | None, terms: Terms, *, verb: str = "export") -> str:
+    """Return the command line that makes a version again; REPOSITORY stands for the repository's place."""
+    flags: list[str] = ["--repository", REPOSITORY, "--name", name]
+    if form is not None:
+        flags += [] if form.input == "float32" else ["--input", form.input]
+        flags += [] if form.output == "logits" or verb == "import" else ["--output", form.output]
+        flags += [] if form.max_batch == MAX_BATCH else ["--max-batch", str(form.max_batch)]
+    flags += [] if terms.images is None else ["--images", terms.images.name]
+    return shlex.join(["tenet", verb, *arguments, *flags])
 
 
-def _side(record: checkpoint.RunRecord) -> int | None:
-    """Return the side that other images are brought to, in pixels; images of oblong inputs must have their size."""
-    _, height, width = record.input_shape
-    return height if height == width else None
+_EXPORTER = ("torch", "onnx", "onnxscript")
 
 
-def _subset(stored: data.Images, description: str, count: int, *, size: int | None) -> ImageSet:
-    # Image folders are sorted by class: without a shuffle the first images would be of one class.
-    chosen = np.random.default_rng(0).permutation(len(stored))[:count]
-    images = augment.unit_range(torch.from_numpy(stored.subset(chosen).read(size).images)).numpy()
-    return ImageSet(images, f"{len(chosen)} {description}")
+def _build(
+    arguments: Sequence[str],
+    name: str,
+    form: Form,
+    terms: Terms,
+    packages: Sequence[str],
+    *,
+    verb: str = "export",
+    notes: tuple[str, ...] = (),
+) -> Build:
+    return Build(
+        command=command_of(arguments, name, form, terms, verb=verb),
+        options={"input": form.input, "output": form.output},
+        versions=versions(*packages),
+        machine=parity.this_machine(),
+        notes=notes,
+    )
 
 
-def _build(*packages: str) -> dict[str, str]:
-    versions = {package: metadata.version(package) for package in packages}
-    return {"machine": platform.machine(), "python": platform.python_version(), **versions}
+def _network_flags(network: twin.Network) -> list[str]:
+    flags = ["--input-shape", ",".join(map(str, network.input_shape)), "--labels", ",".join(network.class_names)]
+    for flag, values in (("--mean", network.mean), ("--std", network.std)):
+        flags += [flag, ",".join(map(str, values))] if values else []
+    return flags
+
+
+def _twin(draft: Draft) -> Twin:
+    weights = draft.folder / TWIN_FOLDER / twin.WEIGHTS
+    return Twin(folder=TWIN_FOLDER, file=twin.WEIGHTS, sha256=manifests.sha256_of(weights))
+
+
+def _original(
+    draft: Draft, form: Form, *, class_names: tuple[str, ...], provenance: Provenance, twin: Twin | None
+) -> Manifest:
+    """Describe an ONNX fp32 engine that was made from no other."""
+    path = draft.folder / "model.onnx"
+    inputs, outputs = onnx_graph.specs(path)
+    return Manifest(
+        model=draft.model,
+        version=draft.version,
+        file="model.onnx",
+        sha256=manifests.sha256_of(path),
+        runtime="onnxruntime",
+        precision="fp32",
+        inputs=inputs,
+        outputs=outputs,
+        output=form.output,
+        class_names=class_names,
+        max_batch=form.max_batch,
+        twin=twin,
+        requires=ort_requirements(path),
+        provenance=provenance,
+        parity=not_run("its source", ""),
+    )
+
+
+def _limits(manifest: Manifest, terms: Terms) -> parity.Limits:
+    """Return what a version is allowed: what it was published under, unless the terms say otherwise."""
+    allowed = terms.max_disagreement
+    if allowed is None:
+        allowed = manifest.parity.limits.get("disagreement")
+    return parity.LIMITS[manifest.precision].allowing(allowed)
+
+
+def _measured(folder: Path, against: Reference, proof: ImageSet, *, limits: parity.Limits) -> Parity:
+    with open_engine(folder) as engine:
+        answers = engine.classify(proof.images)
+        return parity.compare(
+            answers,
+            against.answers(proof.images),
+            reference=against.name,
+            images=proof,
+            limits=limits,
+            class_names=engine.manifest.class_names,
+            machine=_machine(engine.manifest),
+        )
+
+
+def _machine(manifest: Manifest) -> str:
+    """Return what has run an engine just now, for the reader of its proof."""
+    if manifest.runtime == "onnxruntime":
+        return parity.this_machine()
+    gpu = Machine.here().gpus[0]
+    return f"{gpu.name}, compute capability {gpu.compute_capability}"

@@ -8,8 +8,8 @@ import sys
 
 import typer
 
+from export.console import complain
 from service.commands import audit, demo, explain, export, models, predict, serve, train
-from service.commands.console import complain
 from service.errors import ServiceError
 from service.version import VERSION
 
@@ -21,9 +21,12 @@ _EXTRAS = {
     "accelerate": "train",
     "dbos": "audit",
     "foolbox": "audit",
+    "fsspec": "s3",
+    "gcsfs": "gs",
     "jinja2": "audit",
     "matplotlib": "train",
     "onnxscript": "train",
+    "s3fs": "s3",
     "safetensors": "train",
     "sklearn": "train",
     "starlette": "web",

@@ -1,6 +1,7 @@
 """A client of the service, and of every other server that speaks the Open Inference Protocol.
 
-images --batches--> ModelInfer --> logits        a status --> the error of `service.errors` that it stands for
+images --as the model takes them, batches--> ModelInfer --> logits
+a status --> the error of `service.errors` that it stands for
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 
-from export.engines.base import Images, Logits
+from export.engines.base import Images, Inputs, Logits, Stored, as_stored
 from protos.audit.v1 import audit_pb2, audit_pb2_grpc
 from protos.inference import open_inference_pb2 as pb
 from protos.inference import open_inference_pb2_grpc
@@ -32,6 +33,9 @@ _DEFAULT_BATCH = 64
 
 # Bytes of images a request. Servers take 64 MiB or more; a sixteenth of a second on a gigabit network.
 _REQUEST_BYTES = 8 << 20
+
+# How the datatypes that models take lie in a request.
+_WIRE = {"FP32": "<f4", "UINT8": "u1"}
 
 # gRPC has one status for "no server there" and "the server says that it is unavailable"; only its words differ.
 _NOT_REACHED = ("failed to connect", "errors resolving", "DNS resolution failed", "Socket closed", "Connection reset")
@@ -61,6 +65,25 @@ class ModelMetadata:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of the logits; empty if the server does not tell."""
         return tuple(json.loads(self.properties.get("class_names", "[]")))
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the model takes images as they are stored, uint8 NHWC; otherwise float32 NCHW in [0, 1]."""
+        return self.inputs[0].datatype == "UINT8"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image, whatever order the model takes it in; -1 for any size."""
+        if self.channels_last:
+            _, height, width, channels = self.inputs[0].shape
+        else:
+            _, channels, height, width = self.inputs[0].shape
+        return channels, height, width
+
+    @property
+    def answers_probabilities(self) -> bool:
+        """Whether the model applies softmax itself; a server that does not tell is judged by its output's name."""
+        return self.properties.get("output", self.outputs[0].name) == "probabilities"
 
 
 class Client:
@@ -118,27 +141,34 @@ class Client:
             properties=dict(response.properties),
         )
 
-    def infer(self, images: Images, *, model: str, version: int | None = None, batch: int | None = None) -> Logits:
-        """Return the logits of any number of images, all of them from one version.
+    def infer(
+        self, images: Images | Stored, *, model: str, version: int | None = None, batch: int | None = None
+    ) -> Logits:
+        """Return the answers to any number of images, all of them from one version.
 
         Args:
-            images: (N, C, H, W) float32 in [0, 1], N >= 1.
+            images: (N, C, H, W) float32 in [0, 1], N >= 1, for every model: one that takes uint8 is sent each value
+                times 255, rounded half to even. Or, for such a model alone, what it takes: (N, H, W, C) uint8.
             model: its name on the server.
             version: its version; the latest when the call begins if None.
             batch: images a request; as many as the server takes, 64 at most, if None.
 
         Returns:
-            (N, classes).
+            (N, classes): logits, or probabilities where the model applies softmax (`ModelMetadata`).
 
         Raises:
             ValueError: the images are not of that form.
         """
-        if images.ndim != 4 or images.dtype != np.float32 or images.size == 0:
-            raise ValueError(f"expected float32 images of shape (N, C, H, W), got {images.dtype} {images.shape}")
+        if images.ndim != 4 or images.dtype not in {np.dtype(np.float32), np.dtype(np.uint8)} or images.size == 0:
+            raise ValueError(
+                f"expected float32 images of shape (N, C, H, W), or uint8 ones of shape (N, H, W, C) for a model that "
+                f"takes them, got {images.dtype} {images.shape}"
+            )
         described = self.metadata(model, version=version)
+        inputs = _inputs(images, described)
         name = _version(version) or described.properties.get("version", "")
-        size = batch or _batch_size(described, images)
-        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        size = batch or _batch_size(described, inputs)
+        parts = [inputs[start : start + size] for start in range(0, len(inputs), size)]
         return np.concatenate([self._infer_batch(part, described, version=name) for part in parts])
 
     def submit_audit(self, plan: str) -> audit_pb2.Audit:
@@ -184,12 +214,12 @@ class Client:
             )
         return response.content
 
-    def _infer_batch(self, images: Images, described: ModelMetadata, *, version: str) -> Logits:
+    def _infer_batch(self, inputs: Inputs, described: ModelMetadata, *, version: str) -> Logits:
         (spec,) = described.inputs
         request = pb.ModelInferRequest(model_name=described.name, model_version=version)
-        request.inputs.add(name=spec.name, datatype="FP32", shape=images.shape)
+        request.inputs.add(name=spec.name, datatype=spec.datatype, shape=inputs.shape)
         request.outputs.add(name=described.outputs[0].name)
-        request.raw_input_contents.append(images.astype("<f4", copy=False).tobytes())
+        request.raw_input_contents.append(inputs.astype(_WIRE[spec.datatype], copy=False).tobytes())
         with self._errors():
             response = self._inference.ModelInfer(request, timeout=self._timeout)
         return _logits(response)
@@ -218,9 +248,24 @@ def _version(version: int | None) -> str:
     return "" if version is None else str(version)
 
 
-def _batch_size(described: ModelMetadata, images: Images) -> int:
+def _inputs(images: Images | Stored, described: ModelMetadata) -> Inputs:
+    """Return images as the model takes them."""
+    datatype = described.inputs[0].datatype
+    if datatype not in _WIRE:
+        raise ValueError(f"{described.name}: expected a model that takes FP32 or UINT8, got one that takes {datatype}")
+    if images.dtype == np.float32:
+        return as_stored(images) if described.channels_last else images
+    if not described.channels_last:
+        raise ValueError(
+            f"{described.name}: expected float32 images in [0, 1] of shape (N, C, H, W), got uint8 {images.shape}; "
+            "the model takes FP32: divide by 255 and put the channels first"
+        )
+    return images
+
+
+def _batch_size(described: ModelMetadata, inputs: Inputs) -> int:
     taken = int(described.properties.get("max_batch_size", _DEFAULT_BATCH))
-    fitting: int = _REQUEST_BYTES // images[0].nbytes
+    fitting: int = _REQUEST_BYTES // inputs[0].nbytes
     return max(1, min(taken, _DEFAULT_BATCH, fitting))
 
 

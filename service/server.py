@@ -76,7 +76,7 @@ class Serving:
 
 
 async def serve(
-    repository: Path,
+    repository: str | Path,
     settings: Settings,
     *,
     on_ready: Callable[[Serving], None] | None = None,
@@ -87,7 +87,7 @@ async def serve(
     A second signal ends the process at once. Must run in the main thread.
 
     Args:
-        repository: the model repository's folder.
+        repository: the model repository: a folder, or a URL that `open_repository` takes.
         settings: where and how.
         on_ready: is called once, when the server answers.
         services: what to serve beside inference, health and reflection.
@@ -109,7 +109,9 @@ async def serve(
 
 
 @asynccontextmanager
-async def running(repository: Path, settings: Settings, *, services: Sequence[Service] = ()) -> AsyncIterator[Serving]:
+async def running(
+    repository: str | Path, settings: Settings, *, services: Sequence[Service] = ()
+) -> AsyncIterator[Serving]:
     """Serve a repository while the block runs; raises what `serve` does."""
     _check_address(settings.server)
     models, health, arrivals = Models(), HealthServicer(), _Arrivals()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from export.engines.places import ordinal_of, placed
 from service.decoding import decode, read_text
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _LAST_PORT = 65535
 
@@ -45,11 +44,30 @@ class Batching(_Table):
 class Engine(_Table):
     """The table `[engine]`: where engines run."""
 
-    device: Literal["cpu", "cuda"] = "cpu"
-    # CPU threads that one call of an engine may use.
-    threads: int = Field(default=1, ge=1)
+    # "cpu", "cuda", or "cuda:N" for GPU N counted from 0. Without it ONNX files run on the CPU, plans on the first GPU.
+    device: str | None = None
+    # What runs ONNX files: the device's own by default. TensorRT, as a provider, builds its engines at the start.
+    provider: Literal["cpu", "cuda", "tensorrt", "nv_tensorrt_rtx"] | None = None
+    # CPU threads that one call of an engine may use; without it, the process's share of the CPUs divided by instances.
+    threads: int | None = Field(default=None, ge=1)
     # Copies of each engine: calls that run at once.
     instances: int = Field(default=1, ge=1)
+    # Whether a plan that was made for another machine is built again from the ONNX file beside it, at the start.
+    rebuild: Literal["never", "auto"] = "never"
+    # Where rebuilt plans, and engines of TensorRT providers, are kept; ~/.cache/tenet/engines without it.
+    cache: Annotated[Path, Field(strict=False)] | None = None
+
+    @field_validator("device")
+    @classmethod
+    def _a_device(cls, device: str | None) -> str | None:
+        if device is not None:
+            ordinal_of(device)
+        return device
+
+    @model_validator(mode="after")
+    def _placed(self) -> Engine:
+        placed(device=self.device, provider=self.provider)
+        return self
 
 
 class Settings(_Table):

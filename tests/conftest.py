@@ -71,10 +71,11 @@ def digits_models(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A repository with `digits` (fp32) and `digits-int8`; tests that publish make their own copy."""
     from export import publish
     from export.repository import Repository
+    from export.variant import Variant, publish_variant
 
     repository = Repository(tmp_path_factory.mktemp("models"))
     fp32 = publish.publish_checkpoint(digits_run, repository=repository, name="digits")
-    publish.publish_variant(fp32, repository=repository, name="digits-int8", kind="int8", runtime="onnxruntime")
+    publish_variant(fp32, repository=repository, name="digits-int8", variant=Variant("int8"))
     return repository
 
 

@@ -11,12 +11,18 @@ from typing import get_args
 import pytest
 import torch
 from pydantic_core import PydanticUndefined
+from typer.main import get_command_from_info
 
+from export.mapping import Mapping
+from service.__main__ import app
 from training import recipe
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+EXPORT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    page for place in ("*.md", "docs/**/*.md", "deploy/**/*.md", "benchmarks/*.md") for page in ROOT.glob(place)
+)
 
 _PROGRAMS = re.compile(r"```python\n(.*?)```(?:\n\n```text output\n(.*?)```)?", re.DOTALL)
 _SECTION = re.compile(r"^### `\[(.+)\]`$")
@@ -111,15 +117,35 @@ def test_the_page_has_every_recipe_that_is_shipped() -> None:
     assert set(re.findall(r"`([\w-]+\.toml)`", regimes)) == shipped
 
 
-@pytest.mark.parametrize(("program", "output"), _PROGRAMS.findall(PAGE))
-def test_a_program_of_the_page_runs(
+@pytest.mark.parametrize(("program", "output"), [*_PROGRAMS.findall(PAGE), *_PROGRAMS.findall(EXPORT)])
+def test_a_program_of_a_page_runs(
     program: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
-        exec(compile(program, "docs/training.md", "exec"), {"__name__": "__main__"})
+        exec(compile(program, "docs", "exec"), {"__name__": "__main__"})
     if output:
         assert capsys.readouterr().out.split() == output.split()
+
+
+def test_the_page_on_export_has_every_flag_of_its_commands_or_says_where_they_are() -> None:
+    """Flags that the page names exist; those of a foreign graph's meaning all stand in its table."""
+    commands = {name: _flags(name) for name in ("export", "import")}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", EXPORT.split("```", 2)[2]))  # after the drawing
+    of_models = {"--help", "--files-only", "--alias", "--older-than", "--keep", "--dry-run", "--force"}
+    assert named - of_models <= commands["export"] | commands["import"]
+    table = EXPORT.partition("| flag | key |")[2].partition("\n\n")[0]
+    of_meaning = {"--" + name.replace("_", "-") for name in Mapping.model_fields} - {"--input", "--output"}
+    assert set(re.findall(r"--[a-z][a-z-]*", table)) == of_meaning | {"--input-name", "--output-name"}
+
+
+def _flags(verb: str) -> set[str]:
+    command = next(one for one in app.registered_commands if one.name == verb)
+    return {
+        flag
+        for parameter in get_command_from_info(command, pretty_exceptions_short=False, rich_markup_mode=None).params
+        for flag in parameter.opts
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

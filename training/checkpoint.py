@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,10 @@ class Part(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The contents of run.json; `data` has the parts "training", "validation" and "test"."""
+    """The contents of run.json; `data` has the parts "training", "validation" and "test".
+
+    `commit` is that of the git working tree in which the training ran, with "-dirty" where files had changed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -60,6 +65,7 @@ class RunRecord(BaseModel):
     data: dict[str, Part]
     metrics: dict[str, float]
     versions: dict[str, str]
+    commit: str | None = None
     sha256: str
 
 
@@ -106,6 +112,7 @@ def finish(
         data=dict(data),
         metrics=dict(metrics),
         versions=_versions(),
+        commit=_commit(),
         sha256=hashlib.sha256(weights).hexdigest(),
     )
     partial.mkdir(parents=True, exist_ok=True)
@@ -243,6 +250,16 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
             versions[package] = metadata.version(package)
     return versions
+
+
+def _commit() -> str | None:
+    """Return the commit of the working tree that this process runs in, None where there is no git or no tree."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell, no input
+    return told.stdout.strip() or None
 
 
 def _write(path: Path, contents: bytes) -> None:

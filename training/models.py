@@ -267,13 +267,23 @@ def _unknown(library: str, name: str, names: list[str]) -> ValueError:
     return ValueError(msg + f"; {library}.{'models.' if library == 'torchvision' else ''}list_models() has them all")
 
 
-def _own(factory: str, *, classes: int) -> nn.Module:
+def imported(factory: str) -> Callable[..., object]:
+    """Return the function that "package.module:function" names.
+
+    Raises:
+        ValueError: it cannot be imported; one line.
+    """
     module_name, _, name = factory.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+        function: Callable[..., object] = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:  # ValueError: no name before the colon
         msg = f"model.factory: expected a function that can be imported, got {factory!r}: {first_line(error)}; "
         raise ValueError(msg + "a module outside the installed packages is found through PYTHONPATH") from error
+    return function
+
+
+def _own(factory: str, *, classes: int) -> nn.Module:
+    function = imported(factory)
     try:
         inspect.signature(function).bind(num_classes=classes)
     except (TypeError, ValueError) as error:  # ValueError: a built-in function that does not tell

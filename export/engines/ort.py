@@ -1,4 +1,7 @@
-"""ONNX Runtime engines: the provider asked for is the provider that runs."""
+"""ONNX Runtime engines: the provider asked for is the provider that runs, for every layer, or an error says why.
+
+model.onnx --open_session: libraries, options, checks--> InferenceSession --run | I/O binding--> logits
+"""
 
 from __future__ import annotations
 
@@ -6,59 +9,187 @@ from typing import TYPE_CHECKING
 
 import onnxruntime
 
-from export.engines.base import CannotRunHere, Engine, Images, Logits
+from export.engines import providers
+from export.engines import threads as budgets
+from export.engines.base import Engine, Inputs, Logits
+from export.engines.bindings import DeviceBinding, HostBinding
+from export.engines.places import NAMES, Place, checked_provider
+from export.engines.providers import Profile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from export.manifest import Manifest
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
 # ONNX Runtime's log severity "error": its warnings about graph details are no business of a caller's.
 _LOG_ERRORS = 3
 
+# Arithmetic on shapes and constants. GPU providers leave it to the CPU on purpose, where its results are needed;
+# whatever else runs there is a layer that the provider could not take.
+_SHAPE_OPERATORS = {
+    "Add", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather",
+    "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "NonZero", "Not",
+    "OneHot", "Range", "ReduceMax", "ReduceMin", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Split",
+    "Squeeze", "Sub", "Tile", "Unsqueeze", "Where",
+}  # fmt: skip
 
-class OrtEngine(Engine):
-    """An ONNX file run by ONNX Runtime; safe to call from several threads."""
+# Nodes that a message names; more do not help.
+_NAMED_NODES = 5
 
-    def __init__(self, folder: Path, manifest: Manifest, *, device: str, threads: int) -> None:
-        super().__init__(manifest)
-        path = folder / manifest.file
-        provider = _provider(device)
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider])
-        except Exception as error:
-            raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}; export the model again") from error
-        if (actual := self._session.get_providers()[0]) != provider:
-            raise RuntimeError(
-                f"{manifest.model}: expected {provider} to run it, ONNX Runtime fell back to {actual}; "
-                "choose device 'cpu', or mend the GPU's libraries"
-            )
+_CPU = Place("cpu")
 
-    def _run(self, images: Images) -> Logits:
-        (logits,) = self._session.run([self.manifest.outputs[0].name], {self.manifest.inputs[0].name: images})
-        return logits  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Drop the session; ONNX Runtime frees its memory with it."""
-        del self._session
+_BINDINGS: dict[str, type[DeviceBinding | HostBinding]] = {
+    "cuda": DeviceBinding,
+    "tensorrt": DeviceBinding,
+    "nv_tensorrt_rtx": HostBinding,
+}
 
 
-def _provider(device: str) -> str:
-    if device not in _PROVIDERS:
-        raise ValueError(f"device {device!r}: expected one of {', '.join(_PROVIDERS)}")
-    provider = _PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
-        raise CannotRunHere(f"device {device!r}: this build of ONNX Runtime has no {provider}; choose 'cpu'")
-    return provider
+def open_session(
+    path: Path,
+    *,
+    provider: str = "cpu",
+    ordinal: int = 0,
+    threads: int | None = None,
+    cache: Path | None = None,
+    profile: Profile | None = None,
+) -> onnxruntime.InferenceSession:
+    """Open an ONNX file, published or not, where it was asked for and nowhere else.
+
+    Args:
+        path: the file.
+        provider: "cpu", "cuda", "tensorrt" or "nv_tensorrt_rtx".
+        ordinal: which GPU, counted from 0.
+        threads: CPU threads that one call may use; all that this process may use if None.
+        cache: where engines that TensorRT builds are kept; None to build them at every start.
+        profile: what will come, for TensorRT.
+
+    Raises:
+        ValueError: there is no such provider, or ONNX Runtime cannot take the file.
+        CannotRunHere: the provider lacks a GPU or a library here.
+        RuntimeError: another provider would have run the model, or some of its layers.
+    """
+    place = Place(checked_provider(provider), ordinal)
+    options = _options(threads, fp16=profile is not None and profile.precision == "fp16")
+    named = _arranged(path, place, options, cache=cache, profile=profile)
+    try:
+        # Without a fall-back: ONNX Runtime would print an error and go on, on the CPU.
+        session = onnxruntime.InferenceSession(str(path), options, providers=named, enable_fallback=0)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: ONNX Runtime cannot load it: {reason}; export the model again") from error
+    check_provider(session, NAMES[provider], path=path)
+    if provider != "cpu":  # beside which there is none to fall back to
+        check_layers(session, NAMES[provider], path=path)
+    return session
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
+def _arranged(
+    path: Path, place: Place, options: onnxruntime.SessionOptions, *, cache: Path | None, profile: Profile | None
+) -> list[tuple[str, dict[str, str]]] | None:
+    """Return the providers that a session is given; None for a plug-in, which is put into the options."""
+    if place.provider == "cpu":
+        return [(NAMES["cpu"], {})]
+    hardware = providers.require(place)
+    given = providers.device_options(path, place, cache=cache, profile=profile, hardware=hardware)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if place.provider == "nv_tensorrt_rtx":
+        options.add_provider_for_devices([providers.rtx_device(place.ordinal)], given)
+        return None
+    return [(NAMES[place.provider], given)]
+
+
+def check_provider(session: onnxruntime.InferenceSession, name: str, *, path: Path) -> None:
+    """Refuse a session that another provider runs than the one of this name.
+
+    Raises:
+        RuntimeError: names the provider that took its place.
+    """
+    if (actual := session.get_providers()[0]) != name:
+        raise RuntimeError(
+            f"{path}: expected {name} to run it, ONNX Runtime fell back to {actual}; "
+            "choose provider 'cpu', or mend the GPU's libraries"
+        )
+
+
+def check_layers(session: onnxruntime.InferenceSession, name: str, *, path: Path) -> None:
+    """Refuse a session some of whose layers another provider runs.
+
+    Raises:
+        RuntimeError: names the layers.
+    """
+    left = layers_elsewhere(session, name)
+    more = f" and {len(left) - _NAMED_NODES} more" if len(left) > _NAMED_NODES else ""
+    if left:
+        raise RuntimeError(
+            f"{path}: expected {name} to run every layer, ONNX Runtime left {', '.join(left[:_NAMED_NODES])}{more} to "
+            "another provider; choose another provider, or export the model in a precision that this one takes"
+        )
+
+
+def layers_elsewhere(session: onnxruntime.InferenceSession, name: str) -> list[str]:
+    """Return the layers that another provider than this one runs: `name (operator)`, in the graph's order.
+
+    The session must have been opened with `session.record_ep_graph_assignment_info`.
+    """
+    return [
+        f"{node.name or 'unnamed'} ({node.op_type})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != name
+        for node in part.get_nodes()
+        if node.domain not in {"", "ai.onnx"} or node.op_type not in _SHAPE_OPERATORS
+    ]
+
+
+def _options(threads: int | None, *, fp16: bool) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = budgets.budget() if threads is None else threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_ERRORS
     # Threads that spin for work starve their neighbours on shared cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # On x86 without VNNI, products of U8 and S8 saturate at 16 bits: a machine without it would answer otherwise than
+    # the one with it on which an engine was proved. This takes slower products there, and nothing elsewhere.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if fp16:
+        # Together with another optimiser this one makes ONNX Runtime 1.31 crash on fp16 vision transformers.
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")
     return options
+
+
+class OrtEngine(Engine):
+    """An ONNX file run by ONNX Runtime; safe to call from several threads, which take turns on a GPU."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        place: Place = _CPU,
+        threads: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__(manifest)
+        profile = Profile(manifest.inputs[0], manifest.max_batch, manifest.precision)
+        self._session = open_session(
+            folder / manifest.file,
+            provider=place.provider,
+            ordinal=place.ordinal,
+            threads=threads,
+            cache=cache,
+            profile=profile,
+        )
+        self._input, self._outputs = manifest.inputs[0].name, [manifest.outputs[0].name]
+        self._binding: DeviceBinding | HostBinding | None = None
+        if place.provider != "cpu":
+            self._binding = _BINDINGS[place.provider](self._session, manifest, ordinal=place.ordinal)
+
+    def _run(self, inputs: Inputs) -> Logits:
+        if self._binding is not None:
+            return self._binding.run(inputs)
+        return self._session.run(self._outputs, {self._input: inputs})[0]  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Drop the session; ONNX Runtime frees its memory with it."""
+        self._binding = None
+        del self._session

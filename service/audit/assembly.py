@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.intervals import wilson
 from service.audit import checks, statistics
 from service.audit.gates import Measured
 from service.audit.plan import epsilon_value
@@ -83,7 +84,7 @@ def _bits(flags: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 def _proportion(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> Proportion:
     hits, n = int(flags.sum()), len(flags)
-    return Proportion(accuracy=hits / n, interval=statistics.wilson(hits, n), n=n)
+    return Proportion(accuracy=hits / n, interval=wilson(hits, n), n=n)
 
 
 def _joined(attack: Attack, results: Sequence[ShardResult]) -> list[ShardResult]:

@@ -141,6 +141,7 @@ def _fooled(
     attack: Attack, model: AttackModel, subject: _Subject, candidate: Tensor, epsilon: str
 ) -> Bool[np.ndarray, " n"]:
     """Return for each image whether the candidate keeps to the rules and the engine errs on it."""
+    candidate = torch.from_numpy(model.target.seen(candidate.numpy()))
     difference = (candidate - subject.images).flatten(1).double()
     size = difference.abs().amax(dim=1) if attack.norm == "linf" else difference.norm(dim=1)
     legal = (size <= epsilon_value(epsilon) + _TOLERANCE) & (candidate.flatten(1).amin(1) >= 0)

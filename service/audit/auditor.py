@@ -8,20 +8,21 @@ process, or after how many crashes, a shard is run.
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from export import twin
 from export.engines import open_engine
+from export.engines.threads import budget
 from service.audit import attacks, corruptions, samples, targets
-from training import checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Any, Self
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 # Attacked images a shard: seconds of work, so that progress moves and a crash loses little.
 SLICE = 50
+
+# Pools of threads on one machine, the engine's and torch's: oversubscribed, both are many times slower.
+_POOLS = 2
 
 
 class Shard(BaseModel):
@@ -104,8 +108,8 @@ def shards_of(plan: Plan, *, n: int) -> list[Shard]:
 
 
 def pin_threads() -> None:
-    """Let torch use half of this process's cores: oversubscribed, engine and twin are many times slower."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    """Let torch use half of this process's CPUs, and leave the other half to the engine."""
+    torch.set_num_threads(budget(_POOLS))
 
 
 class Auditor:
@@ -117,23 +121,22 @@ class Auditor:
             checkpoint to take gradients from.
     """
 
-    def __init__(self, plan: Plan, *, repository: Repository, device: str = "cpu") -> None:
+    def __init__(self, plan: Plan, *, repository: Repository, device: str | None = None) -> None:
         self.plan = plan
         self.version = repository.find(plan.target.model, plan.target.version)
         self.reference_version = _reference(plan, repository)
         self.samples = samples.load(plan.data, class_names=self.version.manifest.class_names)
         self._check_shape()
         self._attacks = {attack.id: attack for attack in plan.attacks}
-        twin = _twin(plan, repository, self.version)
+        module = _twin(plan, repository, self.version)
         self._open = ExitStack()
         with ExitStack() as opening:
-            self._target = targets.EngineTarget(opening.enter_context(open_engine(self.version.folder, device=device)))
+            self._target = opening.enter_context(_opened(self.version, device=device))
             self._reference = None
             if self.reference_version is not None:
-                engine = opening.enter_context(open_engine(self.reference_version.folder, device=device))
-                self._reference = targets.EngineTarget(engine)
+                self._reference = opening.enter_context(_opened(self.reference_version, device=device))
             self._open = opening.pop_all()
-        self._model = targets.AttackModel(self._target, twin)
+        self._model = targets.AttackModel(self._target, module)
 
     @property
     def shards(self) -> list[Shard]:
@@ -226,18 +229,24 @@ def _reference(plan: Plan, repository: Repository) -> Version | None:
     return repository.find(plan.differential.reference, plan.differential.version)
 
 
+@contextmanager
+def _opened(version: Version, *, device: str | None) -> Iterator[targets.EngineTarget]:
+    with open_engine(version.folder, device=device, instances=_POOLS) as engine:
+        yield targets.EngineTarget(engine)
+
+
 def _twin(plan: Plan, repository: Repository, version: Version) -> nn.Module | None:
-    """Load the checkpoint if an attack wants gradients; frozen, or Foolbox would differentiate its parameters too."""
+    """Load the PyTorch model if an attack wants gradients: frozen, or Foolbox would differentiate its parameters."""
     wanting: list[Attack] = [attack for attack in plan.attacks if attack.access == "white-box"]
     if not wanting:
         return None
-    folder = repository.twin_of(version)
-    if folder is None:
+    module = twin.load(version, repository=repository)
+    if module is None:
         raise ValueError(
             f"attacks.{wanting[0].id}: a white-box attack needs gradients, and {version} has no PyTorch checkpoint; "
             "export it from a training run, or use a decision-based attack"
         )
-    return checkpoint.load(folder).model.requires_grad_(requires_grad=False)
+    return module.requires_grad_(requires_grad=False)
 
 
 def _flags(values: np.ndarray[Any, Any]) -> str:

@@ -62,7 +62,7 @@ class Target(_Table):
 
     model: Annotated[str, BeforeValidator(checked_name)]
     version: int | None = Field(default=None, ge=1)
-    repository: Path | None = None
+    repository: str | None = Field(default=None, min_length=1)
 
 
 class Data(_Table):

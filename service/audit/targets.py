@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from foolbox.types import Bounds
 
-from export.parity import batched
+from export.engines.base import as_stored
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,21 +21,41 @@ if TYPE_CHECKING:
     from export.engines.base import Engine, Images, Logits
 
 
+# Below any probability that float32 tells from zero: its logarithm is finite.
+_SMALLEST = np.finfo(np.float32).tiny
+
+
 class EngineTarget:
-    """An engine that counts the images it is asked about and never gets more of them than it takes."""
+    """An engine that counts the images it is asked about, and answers with logits for any number of them."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.queries = 0
 
     def __call__(self, images: Images) -> Logits:
-        """Return the engine's logits for any number of images."""
+        """Return the engine's logits.
+
+        Of an engine that answers with probabilities they are the logarithms, of which softmax makes the same
+        probabilities; what is nearer to 0 or 1 than float32 can tell is lost in them.
+
+        Args:
+            images: (N, C, H, W) float32 in [0, 1]; an engine that takes uint8 sees them rounded (`seen`).
+        """
         self.queries += len(images)
-        return batched(self.engine, images, batch=self.engine.manifest.max_batch)
+        answers = self.engine.classify(images)
+        if self.engine.manifest.output == "probabilities":
+            return np.asarray(np.log(np.maximum(answers, _SMALLEST)))
+        return answers
 
     def predict(self, images: Images) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the engine's top-1 classes."""
         return np.asarray(self(images).argmax(axis=1))
+
+    def seen(self, images: Images) -> Images:
+        """Return images as the engine sees them: rounded to whole grey levels, where that is all it can be sent."""
+        if not self.engine.manifest.channels_last:
+            return images
+        return np.ascontiguousarray(as_stored(images).transpose(0, 3, 1, 2)) / np.float32(255)
 
 
 class AttackModel(foolbox.Model):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from export.console import complain, console, print_table, progress
 from protos.audit.v1 import audit_pb2
-from service.commands.console import complain, console, print_table, progress
 
 if TYPE_CHECKING:
     from export.repository import Repository
@@ -44,23 +44,25 @@ def register(app: typer.Typer) -> None:
 def run(
     plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")],
     repository: Annotated[
-        Path | None, typer.Option(help="The model repository; overrides the plan's target.repository.")
+        str | None, typer.Option(help="The model repository; overrides the plan's target.repository.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; by default where the engine belongs.", show_default=False)
+    ] = None,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,
 ) -> None:
     """Run an audit in this process; exit code 1 if a gate fails."""
-    from export.repository import Repository
+    from export.repository import open_repository
     from service.audit import plan as plans
 
     parsed = plans.read(plan)
-    folder = repository or _relative(parsed, plan)
+    place = repository or _relative(parsed, plan)
     # An audit may take hours: that there is no place for its report must be known before.
     for file in (json_file, html_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-    finished = _run_here(parsed, Repository(folder), device=device)
+    finished = _run_here(parsed, open_repository(place), device=device)
     show_reports([finished])
     _write(finished.to_json(), json_file, html_file)
     _exit_by(finished)
@@ -172,7 +174,7 @@ def write_page(reports: list[Report], path: Path) -> None:
     atomic.write(path, page.render([finished.to_json() for finished in reports]).encode())
 
 
-def _run_here(plan: Plan, repository: Repository, *, device: str) -> Report:
+def _run_here(plan: Plan, repository: Repository, *, device: str | None) -> Report:
     from service.audit import assembly, auditor, provenance
 
     auditor.pin_threads()
@@ -186,10 +188,12 @@ def _run_here(plan: Plan, repository: Repository, *, device: str) -> Report:
         return assembly.assemble(work, results, provenance=origin)
 
 
-def _relative(plan: Plan, path: Path) -> Path:
-    if plan.target.repository is None:
+def _relative(plan: Plan, path: Path) -> str | Path:
+    """Return the repository that a plan names: a URL, or a folder as seen from the plan's own."""
+    repository = plan.target.repository
+    if repository is None:
         raise ValueError(f"{path}: target.repository: expected a folder, found none; add it, or give --repository")
-    return path.parent / plan.target.repository
+    return repository if "://" in repository else path.parent / repository
 
 
 def _write(content: str, json_file: Path | None, html_file: Path | None) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from service.commands.console import console
+from export.console import console
 
 if TYPE_CHECKING:
     from types import TracebackType

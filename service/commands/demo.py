@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from export import summary
+from export.console import complain, console
 from service.commands import audit as audits
-from service.commands import export as exports
 from service.commands import train as trains
-from service.commands.console import complain, console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,22 +93,20 @@ def _train(run: Path) -> None:
 
 def _export(run: Path, repository: Repository) -> None:
     from export import publish
+    from export.variant import Variant, publish_variant
 
     fp32 = publish.publish_checkpoint(run, repository=repository, name="digits")
     _exported(fp32)
-    _exported(
-        publish.publish_variant(fp32, repository=repository, name="digits-int8", kind="int8", runtime="onnxruntime")
-    )
+    _exported(publish_variant(fp32, repository=repository, name="digits-int8", variant=Variant("int8")))
     try:
-        _exported(
-            publish.publish_variant(fp32, repository=repository, name="digits-rtx", kind="fp32", runtime="tensorrt_rtx")
-        )
+        plan = Variant("fp32", "tensorrt_rtx")
+        _exported(publish_variant(fp32, repository=repository, name="digits-rtx", variant=plan))
     except RuntimeError as error:
         console.print(f"no TensorRT plan: {error}", soft_wrap=True, markup=False)
 
 
 def _exported(version: Version) -> None:
-    console.print(exports.describe(version), soft_wrap=True, markup=False)
+    console.print(summary.describe(version), soft_wrap=True, markup=False)
 
 
 @contextmanager

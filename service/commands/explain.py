@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from service.commands.console import console, print_table
+from export.console import console, print_table
 
 
 def register(app: typer.Typer) -> None:

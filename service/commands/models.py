@@ -1,66 +1,211 @@
-"""`tenet models`: what is in a repository."""
+"""`tenet models`: what is in a repository, which version is which, and what may go."""
 
 from __future__ import annotations
 
 import json
+import re
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.console import console, print_table
+from export.console import console, print_table
 
-RepositoryOption = Annotated[Path, typer.Option("--repository", help="The model repository.")]
+if TYPE_CHECKING:
+    from export.repository import Repository
+
+RepositoryOption = Annotated[
+    str, typer.Option("--repository", help="The model repository: a folder, s3://bucket/prefix or gs://bucket/prefix.")
+]
+VersionArgument = Annotated[str, typer.Argument(help="NAME (its latest version), NAME@VERSION or NAME@ALIAS.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_HOURS = {"h": 1, "d": 24, "w": 24 * 7}
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    models = typer.Typer(help="List, show and verify the models of a repository.", no_args_is_help=True)
+    models = typer.Typer(
+        help="List, show, verify, promote and remove the models of a repository.", no_args_is_help=True
+    )
     models.command("list", epilog="Example: tenet models list --repository models")(list_models)
     models.command("show", epilog="Example: tenet models show digits --repository models")(show)
     models.command("verify", epilog="Example: tenet models verify digits-rtx --repository models")(verify)
+    models.command("promote", epilog="Example: tenet models promote digits@3 --alias stable --repository models")(
+        promote
+    )
+    models.command("remove", epilog="Example: tenet models remove digits@1 --repository models")(remove)
+    models.command("prune", epilog="Example: tenet models prune --keep 3 --older-than 30d --repository models")(prune)
     app.add_typer(models, name="models")
 
 
-def list_models(
-    repository: RepositoryOption,
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List every version of every model."""
-    from export.repository import Repository
+def list_models(repository: RepositoryOption, *, as_json: JsonOption = False) -> None:
+    """List every version of every model, with its aliases and its proof."""
+    from export.repository import open_repository
 
-    found = Repository(repository)
-    manifests = [found.find(name, number).manifest for name in found.models() for number in found.versions(name)]
+    found = open_repository(repository)
+    records = [_record(found, name, number) for name in found.models() for number in found.versions(name)]
     if as_json:
-        typer.echo(json.dumps([manifest.model_dump(mode="json") for manifest in manifests], indent=2))
+        typer.echo(json.dumps(records, indent=2))
         return
-    rows = [[f"{m.model}@{m.version}", m.precision, m.runtime, m.parity.status, m.sha256[:12]] for m in manifests]
-    print_table(["model", "precision", "runtime", "parity", "sha256"], rows)
+    rows = [_row(record) for record in records]
+    print_table(["model", "aliases", "precision", "runtime", "parity", "agreement", "sha256"], rows)
 
 
-def show(
-    model: Annotated[str, typer.Argument(help="NAME or NAME@VERSION.")],
-    repository: RepositoryOption,
-) -> None:
+def show(model: VersionArgument, repository: RepositoryOption) -> None:
     """Print the manifest of one version, JSON, after checking the engine file's sha256."""
     from export import manifest
-    from export.repository import Repository
+    from export.repository import open_repository
 
-    typer.echo(manifest.verify(Repository(repository).parse(model).folder).model_dump_json(indent=2))
+    typer.echo(manifest.verify(open_repository(repository).parse(model).folder).model_dump_json(indent=2))
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="NAME or NAME@VERSION.")],
+    model: VersionArgument,
     repository: RepositoryOption,
     images: Annotated[Path | None, typer.Option(help="Folder of class folders for the comparison.")] = None,
+    *,
+    files_only: Annotated[bool, typer.Option(help="Check the files alone, and leave the proof as it is.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Complete or repeat a version's proof of parity on this machine; it is served once the proof is there."""
-    from export import publish
-    from export.repository import Repository
-    from service.commands.export import describe
+    """Check every byte of a version, then complete or repeat its proof of parity on this machine.
 
-    found = Repository(repository)
-    console.print(
-        describe(publish.verify(found.parse(model), repository=found, images=images)), markup=False, soft_wrap=True
-    )
+    It is served once the proof is there. Exit code 1 if parity failed, which is recorded.
+    """
+    from export import summary
+    from export.command import failures
+    from export.repository import open_repository
+
+    found = open_repository(repository)
+    version = found.parse(model)
+    checked = found.check(version)
+    if files_only:
+        _say(
+            {"model": checked.model, "version": checked.version, "files": len(checked.files) + 1},
+            f"{version}: {len(checked.files) + 1} files are, byte for byte, those that were published",
+            as_json=as_json,
+        )
+        return
+    from export import publish
+
+    with failures():
+        proved = publish.verify(version, repository=found, images=images)
+    summary.report(proved, as_json=as_json)
+
+
+def promote(
+    model: VersionArgument,
+    repository: RepositoryOption,
+    alias: Annotated[str, typer.Option(help="A plain name, such as stable or canary.")] = "stable",
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Point an alias at a version that has passed its proof, at once for all who read the repository."""
+    from export.repository import open_repository
+
+    found = open_repository(repository)
+    version = found.parse(model)
+    former = found.promote(version, alias)
+    name, number = version.manifest.model, version.manifest.version
+    before = "there was none before" if former is None else f"before, {name}@{former} was"
+    if former == number:
+        before = "as before"
+    record = {"model": name, "alias": alias, "version": number, "former": former}
+    _say(record, f"{version} is {alias} now; {before}", as_json=as_json)
+
+
+def remove(
+    model: Annotated[str, typer.Argument(help="NAME@VERSION.")],
+    repository: RepositoryOption,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Though an alias points at it, or variants were made from it.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove one version; its number is not given again."""
+    from export.repository import open_repository
+
+    if "@" not in model:
+        raise ValueError(f"{model!r}: expected NAME@VERSION, the version to remove; `tenet models list` shows them")
+    found = open_repository(repository)
+    version = found.parse(model)
+    found.remove(version, force=force)
+    record = {"model": version.manifest.model, "version": version.manifest.version}
+    _say(record, f"{version}: removed", as_json=as_json)
+
+
+def prune(
+    model: Annotated[str | None, typer.Argument(help="NAME: of this model alone.")] = None,
+    *,
+    repository: RepositoryOption,
+    keep: Annotated[int | None, typer.Option(min=1, help="Keep the newest KEEP versions of each model.")] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Keep what was made since: 12h, 30d, 8w; with --keep, what either keeps.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old versions, and what killed processes left.
+
+    What an alias points at stays, what a staying version was made from, and each model's latest servable version.
+    Without --keep and --older-than no version goes.
+    """
+    from export.repository import open_repository
+
+    age = None if older_than is None else _age(older_than)
+    pruned = open_repository(repository).prune(model, keep=keep, older_than=age, dry_run=dry_run)
+    record = {"versions": [str(version) for version in pruned.versions], "remains": list(pruned.remains)}
+    if as_json:
+        typer.echo(json.dumps({**record, "dry_run": dry_run}, indent=2))
+        return
+    verb = "would be removed" if dry_run else "removed"
+    for what in [*record["versions"], *record["remains"]]:
+        console.print(f"{what}: {verb}", markup=False, soft_wrap=True)
+    if not any(record.values()):
+        console.print("nothing to remove")
+
+
+def _say(record: dict[str, Any], line: str, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _record(found: Repository, model: str, number: int) -> dict[str, Any]:
+    """Return a version's manifest with its aliases, or why it cannot be read: one that is damaged hides no other."""
+    try:
+        aliases = [alias for alias, version in found.aliases(model).items() if version == number]
+        return {**found.find(model, number).manifest.model_dump(mode="json"), "aliases": aliases}
+    except ValueError as error:
+        return {"model": model, "version": number, "error": str(error)}
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    name = f"{record['model']}@{record['version']}"
+    if "error" in record:
+        return [name, "", "", "", "damaged", "", ""]
+    proof = record["parity"]
+    return [
+        name,
+        ", ".join(record["aliases"]),
+        record["precision"],
+        record["runtime"],
+        _status(proof["status"]),
+        "" if proof["agreement"] is None else f"{proof['agreement']:.2%}",
+        record["sha256"][:12],
+    ]
+
+
+def _status(status: str) -> str:
+    """Return what a proof's status means for serving: one that failed, and was published all the same, blocks."""
+    return "blocked" if status == "failed" else status
+
+
+def _age(text: str) -> timedelta:
+    found = re.fullmatch(r"([0-9]{1,5})([hdw])", text)
+    if found is None:
+        raise ValueError(f"--older-than: expected hours, days or weeks, such as 12h, 30d or 8w, got {text!r}")
+    return timedelta(hours=int(found[1]) * _HOURS[found[2]])

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from export.console import console
 from service.commands.companion import Companion, end_with
-from service.commands.console import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from service.server import Service, Serving
     from service.settings import Settings
 
-RepositoryOption = Annotated[Path, typer.Option(help="The model repository.")]
+RepositoryOption = Annotated[str, typer.Option(help="The model repository: a folder, s3://… or gs://….")]
 StateOption = Annotated[Path, typer.Option(help="The folder of audits: jobs, reports, locks; made if missing.")]
 PortOption = Annotated[int | None, typer.Option(help="0 takes a free one.", min=0, max=65535)]
 HostOption = Annotated[str | None, typer.Option(help="The address to listen on.")]
@@ -55,7 +55,7 @@ def serve(
 
 def work(repository: RepositoryOption, state: StateOption, parent: ParentOption = None) -> None:
     """Run submitted audits, unfinished ones first."""
-    from export.repository import Repository
+    from export.repository import open_repository
     from service.audit import jobs
     from service.audit.state import State
 
@@ -66,7 +66,7 @@ def work(repository: RepositoryOption, state: StateOption, parent: ParentOption 
     end_with(parent)
     folder = State(state)
     with folder.lock("work"):
-        jobs.start(Repository(repository), folder)
+        jobs.start(open_repository(repository), folder)
         console.print(f"working on the audits in {state}", markup=False, soft_wrap=True)
         stop.wait()
         # Stops as it would crash: the shard in flight is given up, and the next worker goes on from the one before.
@@ -117,7 +117,7 @@ def up(
     with State(state).lock("up"), ExitStack() as companions:
 
         def start(address: str) -> None:
-            worker = ["work", "--repository", str(repository), "--state", str(state)]
+            worker = ["work", "--repository", repository, "--state", str(state)]
             dashboard = ["web", "--server", address, "--port", str(web_port)]
             started.append(companions.enter_context(Companion("worker", worker)))
             if importlib.util.find_spec("uvicorn") is None:
@@ -132,7 +132,7 @@ def up(
 
 
 def _serve(
-    repository: Path, state: Path | None, settings: Settings, *, on_ready: Callable[[str], None] | None = None
+    repository: str, state: Path | None, settings: Settings, *, on_ready: Callable[[str], None] | None = None
 ) -> None:
     from service import server
 
@@ -173,14 +173,14 @@ def _log() -> None:
 
 
 @contextmanager
-def _audit_services(repository: Path, state: Path | None, settings: Settings) -> Iterator[tuple[Service, ...]]:
+def _audit_services(repository: str, state: Path | None, settings: Settings) -> Iterator[tuple[Service, ...]]:
     """Open the audit API if there is a state folder for it."""
     if state is None:
         yield ()
         return
     from functools import partial
 
-    from export.repository import Repository
+    from export.repository import open_repository
     from protos.audit.v1 import audit_pb2, audit_pb2_grpc
     from service.audit.journal import Journal
     from service.audit.servicer import AuditServicer
@@ -190,7 +190,7 @@ def _audit_services(repository: Path, state: Path | None, settings: Settings) ->
     journal = Journal(State(state))
     # Whoever can reach a loopback address is on this machine, and can read its folders anyway.
     folders = is_loopback(settings.server.host)
-    servicer = AuditServicer(journal=journal, repository=Repository(repository), folders=folders)
+    servicer = AuditServicer(journal=journal, repository=open_repository(repository), folders=folders)
     add = partial(audit_pb2_grpc.add_AuditServiceServicer_to_server, servicer)
     try:
         yield (Service(audit_pb2.DESCRIPTOR.services_by_name["AuditService"], add, journal.end_watches),)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.console import console, progress
+from export.console import console, progress
 
 if TYPE_CHECKING:
     import threading
 
-    from service.commands.console import Tick
+    from export.console import Tick
     from training.events import Event, TrainingEnded, TrainingStopped
     from training.recipe import Recipe
 

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.engines.base import Images, Logits
+from export.engines.base import Inputs, Logits
 from service.errors import ResourceExhausted, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Run = Callable[[Images], Logits]
+Run = Callable[[Inputs], Logits]
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    images: Images
+    images: Inputs
     answer: asyncio.Future[Logits]
     arrived: float  # the event loop's time, seconds
 
@@ -49,8 +49,10 @@ class Batcher:
         self._threads = ThreadPoolExecutor(len(instances), thread_name_prefix=name)
         self._workers = [asyncio.create_task(self._work(run)) for run in instances]
 
-    async def submit(self, images: Images) -> Logits:
-        """Return the logits of 1 to `max_batch` images; a caller that is cancelled while it waits costs no call.
+    async def submit(self, images: Inputs) -> Logits:
+        """Return the answers to 1 to `max_batch` images, as the engine takes them.
+
+        A caller that is cancelled while it waits costs no call.
 
         Raises:
             ResourceExhausted: the queue is full.
@@ -135,7 +137,7 @@ class Batcher:
         return batch
 
 
-def _run(run: Run, parts: list[Images]) -> list[Logits]:
+def _run(run: Run, parts: list[Inputs]) -> list[Logits]:
     """Run the parts as one batch; in a thread, so that copying does not hold the event loop."""
     logits = run(parts[0] if len(parts) == 1 else np.concatenate(parts))
     ends = np.cumsum([len(part) for part in parts])

@@ -1,6 +1,6 @@
 """The models that a server serves: every servable version of a repository, loaded once at the start.
 
-repository --each version--> sha256, parity, engine --ready--> ServedVersion (its engines behind a batcher)
+repository --each version--> parity, sha256, engine --ready--> ServedVersion (its engines behind a batcher)
                                                     --not----> a reason, logged and told to who asks for it
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from export.engines import open_engine
 from export.manifest import checked_name
-from export.repository import Repository
+from export.repository import open_repository
 from service.errors import InvalidArgument, NotFound
 from service.inference.batching import Batcher
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from export.engines.base import Engine, Images, Logits
-    from export.manifest import Manifest, TensorSpec
+    from export.engines.base import Engine, Inputs, Logits
+    from export.manifest import Manifest, Parity, TensorSpec
+    from export.repository import Repository, Version
     from service.settings import Batching, Settings
 
 # No version number has more digits; int() refuses to read some thousands of them.
@@ -59,9 +61,9 @@ class ServedVersion:
         """The tensor that an engine answers with."""
         return self.manifest.outputs[0]
 
-    async def infer(self, images: Images) -> Logits:
-        """Return the logits of 1 to `max_batch` images; raises what `Batcher.submit` does."""
-        return await self._batcher.submit(images)
+    async def infer(self, inputs: Inputs) -> Logits:
+        """Return the answers to 1 to `max_batch` images, as the engine takes them; raises as `Batcher.submit` does."""
+        return await self._batcher.submit(inputs)
 
     async def drain(self) -> None:
         """Refuse what still comes, and answer what waits."""
@@ -84,16 +86,16 @@ class Models:
         # Set when the server has been told to end: it still answers, and says that it will not for long.
         self.retiring = False
 
-    async def load(self, folder: Path, settings: Settings) -> None:
+    async def load(self, folder: str | Path, settings: Settings) -> None:
         """Load every version of a repository; one that cannot be served keeps none of the others from it.
 
         Raises:
             FileNotFoundError: there is no such folder.
         """
-        repository = Repository(folder)
+        repository = open_repository(folder)
         for model in repository.models():
-            for version in repository.versions(model):
-                await self._load_version(repository, model, version, settings=settings)
+            for number in repository.versions(model):
+                await self._load_version(repository, model, number, settings=settings)
 
     async def drain(self) -> None:
         """Refuse what still comes, and answer what waits."""
@@ -156,19 +158,19 @@ class Models:
         known = ", ".join(map(str, self.versions(model))) or "none"
         return f"model {model!r} has no version {number}; the versions are: {known}"
 
-    async def _load_version(self, repository: Repository, model: str, version: int, *, settings: Settings) -> None:
+    async def _load_version(self, repository: Repository, model: str, number: int, *, settings: Settings) -> None:
         try:
-            reason = await asyncio.to_thread(_reason_against, repository, model, version)
+            version = await asyncio.to_thread(_described, repository, model, number)
+            reason = _reason_against(version.manifest.parity, version=str(version))
             if reason is None:
-                folder = repository.folder / model / str(version)
-                engines = await asyncio.to_thread(_open, folder, settings=settings)
-                self._served[model][version] = ServedVersion(engines, batching=settings.batching)
+                engines = await asyncio.to_thread(_open, version, settings=settings)
+                self._served[model][number] = ServedVersion(engines, batching=settings.batching)
                 return
         except Exception as error:  # noqa: BLE001 - whatever a file or a runtime does, the other models are served
             reason = str(error)
             self._broken.add(model)
-        self._reasons[model][version] = reason
-        logger.warning("%s@%s is not served: %s", model, version, reason)
+        self._reasons[model][number] = reason
+        logger.warning("%s@%s is not served: %s", model, number, reason)
 
 
 def _checked(model: str, version: str) -> int | None:
@@ -184,22 +186,49 @@ def _checked(model: str, version: str) -> int | None:
     return int(version)
 
 
-def _reason_against(repository: Repository, model: str, version: int) -> str | None:
-    """Return why a version is not meant to be served, None if it is; raises where it cannot be told."""
-    manifest = repository.find(model, version).manifest
-    if (manifest.model, manifest.version) != (model, version):
-        raise ValueError(f"its manifest is that of {manifest.model}@{manifest.version}; export the model again")
+def _described(repository: Repository, model: str, number: int) -> Version:
+    """Return a version whose manifest is its own, of one image in and one answer out."""
+    version = repository.find(model, number)
+    manifest = version.manifest
+    if (manifest.model, manifest.version) != (model, number):
+        raise ValueError(f"its manifest is that of {version}; export the model again")
     if len(manifest.inputs) != 1 or len(manifest.outputs) != 1:
         counts = f"{len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs"
         raise ValueError(f"expected one input and one output, got {counts}; export the model again")
-    if manifest.servable:
-        return None
-    return (
-        f"its proof of parity is {manifest.parity.status!r}: {manifest.parity.explanation or 'no explanation'}; "
-        f"complete it with `tenet models verify {model}@{version}`"
-    )
+    return version
 
 
-def _open(folder: Path, *, settings: Settings) -> list[Engine]:
-    engine = settings.engine
-    return [open_engine(folder, device=engine.device, threads=engine.threads) for _ in range(engine.instances)]
+def _reason_against(parity: Parity, *, version: str) -> str | None:
+    """Return why a version is not meant to be served, None if it is."""
+    explanation = parity.explanation or "no explanation"
+    match parity.status:
+        case "passed":
+            return None
+        case "failed":
+            return f"blocked: its proof of parity failed: {explanation}; export it in another precision"
+        case "not run":
+            return (
+                f"unproven: its proof of parity has not run: {explanation}; "
+                f"complete it with `tenet models verify {version}`"
+            )
+
+
+def _open(version: Version, *, settings: Settings) -> list[Engine]:
+    wanted = settings.engine
+    with ExitStack() as opened:
+        engines = [
+            opened.enter_context(
+                open_engine(
+                    version.folder,
+                    device=wanted.device,
+                    provider=wanted.provider,
+                    threads=wanted.threads,
+                    instances=wanted.instances,
+                    rebuild=wanted.rebuild,
+                    cache=wanted.cache,
+                )
+            )
+            for _ in range(wanted.instances)
+        ]
+        opened.pop_all()
+    return engines

@@ -71,12 +71,12 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         tensors.check_request_parameters(request)
         wanted = tensors.requested_outputs(request, [version.output])
         inputs = tensors.decode_inputs(request, [version.input], max_batch=version.max_batch)
-        logits = await version.infer(inputs[version.input.name])
+        answers = await version.infer(inputs[version.input.name])
         response = pb.ModelInferResponse(
             model_name=request.model_name, model_version=str(version.manifest.version), id=request.id
         )
         typed = tensors.is_typed(request)
-        tensors.encode_outputs(response, {version.output.name: logits}, wanted, typed=typed)
+        tensors.encode_outputs(response, {version.output.name: answers}, wanted, typed=typed)
         return response
 
 
@@ -90,6 +90,7 @@ def _properties(manifest: Manifest, *, max_batch: int) -> dict[str, str]:
         "sha256": manifest.sha256,
         "runtime": manifest.runtime,
         "precision": manifest.precision,
+        "output": manifest.output,
         "max_batch_size": str(max_batch),
         "class_names": json.dumps(manifest.class_names),
     }

@@ -50,6 +50,9 @@ DATATYPES = {
     "FP64": Datatype(np.dtype("<f8"), "fp64_contents"),
 }
 
+# What a caller who has images, and not the model's datatype, may not know.
+_HINTS = {"UINT8": "; the model takes images as they are stored: (N, H, W, C), values from 0 to 255"}
+
 # How each typed field's values lie in memory.
 _FIELD_DTYPES = {
     "bool_contents": "?",
@@ -151,7 +154,8 @@ def _array(
 ) -> Array:
     _check_parameters("input", spec.name, tensor.parameters)
     if tensor.datatype != spec.datatype:
-        raise InvalidArgument(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype!r}")
+        hint = _HINTS.get(spec.datatype, "")
+        raise InvalidArgument(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype!r}{hint}")
     shape = tuple(tensor.shape)
     _check_shape(shape, spec, max_batch=max_batch)
     values = _typed_values(tensor, shape) if raw is None else _raw_values(tensor, raw, shape)

@@ -28,3 +28,18 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_nothing_else(
         atomic.write(tmp_path / "file", b"second")
     assert (tmp_path / "file").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_staged_file_is_there_only_once_it_is_put(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    place = tmp_path / "folder" / "file"
+    with atomic.staged(place, b"content", folder=tmp_path) as put:
+        assert list((tmp_path / "folder").iterdir()) == []
+        (waiting,) = (path for path in tmp_path.iterdir() if path.is_file())
+        assert waiting.name.startswith(atomic.PREFIX)
+        put()
+        assert place.read_bytes() == b"content"
+    with atomic.staged(place, b"other", folder=tmp_path):
+        pass
+    assert place.read_bytes() == b"content"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

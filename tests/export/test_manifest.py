@@ -44,7 +44,7 @@ def test_a_changed_engine_file_is_refused_before_it_is_parsed(own_models: Reposi
 def test_a_missing_engine_file_is_named(own_models: Repository) -> None:
     version = own_models.find("digits")
     (version.folder / version.manifest.file).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.onnx: expected the engine file here"):
+    with pytest.raises(FileNotFoundError, match=r"model\.onnx: expected a file of the version here"):
         manifest.verify(version.folder)
 
 
@@ -61,3 +61,17 @@ def test_a_damaged_manifest_names_the_key(own_models: Repository) -> None:
 def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a manifest here"):
         manifest.read(tmp_path)
+
+
+def test_a_manifest_that_was_edited_is_refused(own_models: Repository) -> None:
+    """Such as one whose proof somebody has set to passed by hand."""
+    version = own_models.find("digits")
+    path = version.folder / manifest.FILE_NAME
+    path.write_text(path.read_text().replace('"max_batch": 64', '"max_batch": 65'))
+    with pytest.raises(ValueError, match=r"manifest\.json: its checksum is not that of its contents"):
+        manifest.read(version.folder)
+
+
+def test_a_manifest_survives_its_own_file(own_models: Repository) -> None:
+    version = own_models.find("digits-int8")
+    assert manifest.from_json(version.manifest.as_json(), source="here") == version.manifest

@@ -12,8 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from export import onnx_graph, parity, publish
+from export import manifest as manifests
+from export import onnx_graph, parity, publish, twin
 from export.engines import open_engine
+from export.mapping import Mapping
+from export.parity import ParityFailed
+from export.publish import Form, Terms
 from training import augment, checkpoint, datasets
 
 if TYPE_CHECKING:
@@ -25,42 +29,53 @@ def _digits(count: int) -> Images:
     return augment.unit_range(torch.from_numpy(datasets.load("digits", split="test").images[:count])).numpy()
 
 
+@pytest.fixture(scope="module")
+def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the digits' test images, as a folder of class folders."""
+    folder: Path = tmp_path_factory.mktemp("digits")
+    stored = datasets.load("digits", split="test")
+    for index in range(120):
+        place = folder / stored.class_names[stored.labels[index]]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(stored.images[index]).save(place / f"{index}.png")
+    return folder
+
+
 def test_the_engine_answers_as_the_checkpoint(digits_models: Repository, digits_run: Path) -> None:
     images = _digits(100)
     with open_engine(digits_models.find("digits").folder) as engine, torch.inference_mode():
         expected = checkpoint.load(digits_run).model(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(engine.classify(images), expected, atol=1e-4)
         for batch in (1, 7, 64):
             np.testing.assert_allclose(parity.batched(engine, images, batch=batch), expected, atol=1e-4)
 
 
 def test_the_manifest_carries_the_proof(digits_models: Repository) -> None:
-    fp32, int8 = digits_models.find("digits").manifest, digits_models.find("digits-int8").manifest
-    assert (fp32.parity.status, fp32.parity.n, fp32.parity.agreement) == ("passed", 504, 1.0)
-    assert fp32.class_names == tuple("0123456789")
-    assert int8.parity.reference == "digits@1"
-    assert int8.parity.agreement is not None
-    assert 0.97 <= int8.parity.agreement <= 1
-    assert int8.source is not None
-    assert int8.source.sha256 == fp32.sha256
+    proof = digits_models.find("digits").manifest.parity
+    assert (proof.status, proof.agreement, proof.reference) == ("passed", 1.0, "PyTorch checkpoint")
+    assert proof.images is not None
+    assert (proof.images.n, proof.images.description, proof.images.seed) == (504, "digits test images", None)
+    assert proof.accuracy == proof.reference_accuracy
+    assert proof.accuracy is not None
+    assert proof.accuracy > 0.9
+    assert len(proof.worst) == 10
+    assert proof.worst[0].label in set("0123456789")
+    assert proof.machine
 
 
-def test_int8_weights_are_int8_per_channel_but_at_the_ends(digits_models: Repository) -> None:
-    version = digits_models.find("digits-int8")
-    graph = onnx.load(version.folder / "model.onnx").graph
-    kinds = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4 and tensor.dims[0] > 1}
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    assert not convolutions[0].input[1].endswith("DequantizeLinear_Output")
-    assert all(node.input[1].endswith("DequantizeLinear_Output") for node in convolutions[1:])
-    assert kinds == {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT}
-    scales = {tensor.name: tensor.dims for tensor in graph.initializer if tensor.name.endswith("weight_scale")}
-    assert any(list(dims) > [1] for dims in scales.values())
-    assert {node.op_type for node in graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
-
-
-def test_the_twin_of_a_variant_is_its_source_s_checkpoint(digits_models: Repository, digits_run: Path) -> None:
-    folder = digits_models.twin_of(digits_models.find("digits-int8"))
-    assert folder is not None
-    assert checkpoint.load(folder).sha256 == checkpoint.load(digits_run).sha256
+def test_the_manifest_says_where_the_engine_comes_from(digits_models: Repository, digits_run: Path) -> None:
+    manifest = digits_models.find("digits").manifest
+    record = json.loads((digits_run / checkpoint.RUN).read_text())
+    provenance = manifest.provenance
+    assert provenance is not None
+    assert (provenance.kind, provenance.sha256) == ("run", record["sha256"])
+    assert provenance.recipe == record["recipe"]
+    assert provenance.data == record["data"]
+    assert provenance.commit == record["commit"]
+    assert manifest.requires.runtime.startswith(">=1.")
+    assert manifest.build.command == "tenet export digits --repository REPOSITORY --name digits"
+    assert set(manifest.files) == {"checkpoint/weights.safetensors", "checkpoint/run.json"}
+    assert digits_models.find("digits-int8").manifest.provenance == provenance
 
 
 def test_the_onnx_file_holds_no_path_and_is_the_same_every_time(
@@ -74,112 +89,74 @@ def test_the_onnx_file_holds_no_path_and_is_the_same_every_time(
     assert not re.search(rb"site-packages|\.py\b|" + str(Path.cwd()).encode(), published)
 
 
-def test_images_for_a_proof_are_those_that_the_run_was_tested_with(digits_run: Path, tmp_path: Path) -> None:
-    for split in datasets.SPLITS:
-        for name in ("cat", "dog"):
-            for index in range(6):
-                path = tmp_path / "images" / split / name / f"{index}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                level = 100 * (split == "test") + 50 * (name == "dog") + index
-                Image.new("L", (20 + index, 30), level).save(path)
-    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
-    record = json.loads((run / checkpoint.RUN).read_text())
-    record["recipe"]["data"] = {"name": "folder", "root": str(tmp_path / "images"), "size": 16}
-    record["input_shape"] = [3, 16, 16]
-    (run / checkpoint.RUN).write_text(json.dumps(record))
-    proof = publish.images_for(run, None, split="test", count=9)
-    assert proof.images.shape == (9, 3, 16, 16)
-    assert proof.description == "9 folder test images"
-    levels = {round(float(image.mean() * 255)) for image in proof.images}
-    assert len(levels) == 9
-    assert levels <= {*range(100, 106), *range(150, 156)}
-    own = publish.images_for(run, tmp_path / "images" / "train", split="test", count=99)
-    assert own.images.shape == (12, 3, 16, 16)
-    assert own.images.max() * 255 < 60
+def test_an_engine_for_bytes_that_gives_probabilities(digits_run: Path, own_models: Repository) -> None:
+    version = publish.publish_checkpoint(
+        digits_run, repository=own_models, name="bytes", form=Form("uint8", "probabilities", max_batch=8)
+    )
+    manifest = version.manifest
+    assert (manifest.channels_last, manifest.image_shape, manifest.max_batch) == (True, (3, 32, 32), 8)
+    assert (manifest.output, manifest.parity.status) == ("probabilities", "passed")
+    images = _digits(20)
+    with open_engine(version.folder) as engine, torch.inference_mode():
+        logits = checkpoint.load(digits_run).model(torch.from_numpy(images))
+        np.testing.assert_allclose(engine.classify(images), logits.softmax(dim=1).numpy(), atol=1e-5)
+        pixels = (images[:3].transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+        np.testing.assert_array_equal(engine(pixels), engine.classify(images[:3]))
 
 
-@pytest.mark.parametrize(("input_shape", "expected"), [((3, 32, 32), (32, 32)), ((3, 32, 40), (24, 30))])
-def test_images_of_ones_own_are_brought_to_the_size_of_a_square_input(
-    digits_run: Path, tmp_path: Path, input_shape: tuple[int, ...], expected: tuple[int, int]
+def test_images_of_ones_own_prove_it_instead(digits_run: Path, own_models: Repository, digit_folder: Path) -> None:
+    version = publish.publish_checkpoint(
+        digits_run, repository=own_models, name="own", terms=Terms(images=digit_folder, count=50)
+    )
+    proof = version.manifest.parity
+    assert proof.images is not None
+    assert (proof.images.n, proof.images.description) == (50, f"images of {digit_folder.name}")
+    assert proof.accuracy is not None
+    assert re.fullmatch(r"\d/\d+\.png", proof.worst[0].image)
+
+
+def test_an_engine_that_does_not_agree_is_refused_and_nothing_is_published(
+    own_models: Repository, digits_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "images" / "cat").mkdir(parents=True)
-    Image.new("RGB", (30, 24)).save(tmp_path / "images" / "cat" / "0.png")
-    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
-    record = json.loads((run / checkpoint.RUN).read_text()) | {"input_shape": input_shape}
-    (run / checkpoint.RUN).write_text(json.dumps(record))
-    assert publish.images_for(run, tmp_path / "images", split="test", count=1).images.shape[2:] == expected
-
-
-def test_a_variant_that_does_not_agree_is_refused_and_nothing_is_published(
-    own_models: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits(disagreement=0.0, logit_difference=1e-9))
-    with pytest.raises(ValueError, match=r"strict: not published, parity with digits@1 failed: .*logits differ by"):
-        publish.publish_variant(
-            own_models.find("digits"), repository=own_models, name="strict", kind="int8", runtime="onnxruntime"
-        )
+    monkeypatch.setitem(parity.LIMITS, "fp32", parity.Limits(disagreement=0.0, logit_difference=1e-12))
+    with pytest.raises(ParityFailed, match=r"strict: not published, parity with PyTorch checkpoint failed: logits"):
+        publish.publish_checkpoint(digits_run, repository=own_models, name="strict")
     assert not (own_models.folder / "strict").exists()
 
 
-def test_a_plan_is_built_without_a_gpu_and_says_that_its_parity_was_not_run(own_models: Repository) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    version = publish.publish_variant(
-        own_models.find("digits"), repository=own_models, name="rtx", kind="fp32", runtime="tensorrt_rtx"
-    )
-    assert version.manifest.file == "model.plan"
-    assert version.manifest.build["runtime_version"]
-    if version.manifest.parity.status == "not run":
-        assert "GPU" in version.manifest.parity.explanation
-        assert not version.manifest.servable
-        with pytest.raises(RuntimeError, match="need an NVIDIA GPU"):
-            open_engine(version.folder)
-
-
-@pytest.mark.gpu
-def test_a_plan_answers_as_its_source(own_models: Repository) -> None:
-    version = publish.publish_variant(
-        own_models.find("digits"), repository=own_models, name="rtx", kind="fp32", runtime="tensorrt_rtx"
-    )
-    assert version.manifest.parity.status == "passed"
-
-
-def test_a_proof_can_be_completed_later_and_its_failure_is_recorded(
-    own_models: Repository, monkeypatch: pytest.MonkeyPatch
+def test_or_it_is_published_as_blocked(
+    own_models: Repository, digits_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(parity.LIMITS, "fp32", parity.Limits(disagreement=0.0, logit_difference=1e-12))
+    version = publish.publish_checkpoint(digits_run, repository=own_models, name="strict", terms=Terms(block=True))
+    assert version.manifest.parity.status == "failed"
+    assert not version.manifest.servable
+    with pytest.raises(ParityFailed):
+        publish.verify(version, repository=own_models)
+    monkeypatch.undo()
+    assert publish.verify(version, repository=own_models).manifest.servable
+
+
+def test_a_proof_can_be_completed_later(own_models: Repository) -> None:
     for name in ("digits", "digits-int8"):
         version = own_models.find(name)
-        own_models.record_proof(version, version.manifest.parity.model_copy(update={"status": "not run"}))
+        own_models.record_proof(version, publish.not_run("something", "there was no time"))
         assert not own_models.find(name).manifest.servable
         assert publish.verify(own_models.find(name), repository=own_models).manifest == version.manifest
-        assert own_models.find(name).manifest.servable
-    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits(disagreement=0.0, logit_difference=1e-9))
-    with pytest.raises(ValueError, match="digits-int8@1: parity with digits@1 failed"):
-        publish.verify(own_models.find("digits-int8"), repository=own_models)
-    assert own_models.find("digits-int8").manifest.parity.status == "failed"
 
 
-def test_a_damaged_source_is_refused_before_it_is_parsed(own_models: Repository) -> None:
+def test_a_flipped_byte_in_any_file_is_noticed(own_models: Repository) -> None:
     version = own_models.find("digits")
-    path = version.folder / "model.onnx"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.onnx: expected sha256"):
-        publish.publish_variant(version, repository=own_models, name="x", kind="int8", runtime="onnxruntime")
-    assert not (own_models.folder / "x").exists()
-
-
-def test_variants_of_variants_and_unknown_combinations_are_refused(own_models: Repository) -> None:
-    with pytest.raises(ValueError, match="made from an ONNX fp32 model, this one is int8"):
-        publish.publish_variant(
-            own_models.find("digits-int8"), repository=own_models, name="x", kind="int8", runtime="onnxruntime"
-        )
-    with pytest.raises(ValueError, match="no such variant; expected one of int8 on onnxruntime"):
-        publish.publish_variant(
-            own_models.find("digits"), repository=own_models, name="x", kind="int8", runtime="tensorrt"
-        )
-    with pytest.raises(ValueError, match="a variant is a model of its own"):
-        publish.publish_variant(
-            own_models.find("digits"), repository=own_models, name="digits", kind="int8", runtime="onnxruntime"
-        )
+    for path in sorted(path for path in version.folder.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 2):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=re.escape(path.name)):
+                manifests.verify_all(version.folder)
+        path.write_bytes(whole)
+    manifests.verify_all(version.folder)
 
 
 def test_a_corrupt_checkpoint_is_refused_and_nothing_is_published(
@@ -192,3 +169,68 @@ def test_a_corrupt_checkpoint_is_refused_and_nothing_is_published(
     with pytest.raises(ValueError, match=r"weights\.safetensors: expected sha256"):
         publish.publish_checkpoint(run, repository=own_models, name="broken")
     assert "broken" not in own_models.models()
+
+
+def test_a_network_of_ones_own_has_its_weights_for_a_twin(own_models: Repository, tmp_path: Path) -> None:
+    network = twin.Network(
+        factory="torchvision.models:squeezenet1_1",
+        input_shape=(3, 48, 48),
+        class_names=("a", "b", "c"),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+    from torchvision import models
+
+    torch.manual_seed(0)
+    torch.save(models.squeezenet1_1(num_classes=3).state_dict(), tmp_path / "squeeze.pt")
+    version = publish.publish_network(network, tmp_path / "squeeze.pt", repository=own_models, name="squeeze")
+    manifest = version.manifest
+    assert manifest.provenance is not None
+    assert (manifest.provenance.kind, manifest.provenance.factory) == ("weights", network.factory)
+    assert manifest.parity.status == "passed"
+    assert manifest.parity.images is not None
+    assert (manifest.parity.images.description, manifest.parity.images.seed) == ("noise of seed 0", 0)
+    module = twin.load(version, repository=own_models)
+    assert module is not None
+    images = np.random.default_rng(0).random((4, 3, 48, 48), dtype=np.float32)
+    with open_engine(version.folder) as engine, torch.inference_mode():
+        np.testing.assert_allclose(engine.classify(images), module(torch.from_numpy(images)).numpy(), atol=1e-4)
+    assert "--mean 0.485,0.456,0.406" in manifest.build.command
+    again = publish.verify(version, repository=own_models)
+    assert again.manifest == manifest
+
+
+def _foreign(run: Path, path: Path) -> Path:
+    """Write a classifier as a stranger would: another name for the input, normalisation left to the caller."""
+    network = checkpoint.load(run).model.get_submodule("network")
+    onnx_graph.onnx_from_module(network, path, image_shape=(3, 32, 32), class_names=tuple("0123456789"))
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    return path
+
+
+def test_anybody_s_onnx_is_proved_against_itself(digits_run: Path, own_models: Repository, tmp_path: Path) -> None:
+    path = _foreign(digits_run, tmp_path / "theirs.onnx")
+    mapping = Mapping(mean=(0.5,), std=(0.25,))
+    version = publish.publish_onnx(
+        path, repository=own_models, name="theirs", mapping=mapping, labels="0,1,2,3,4,5,6,7,8,9"
+    )
+    manifest = version.manifest
+    assert (manifest.parity.reference, manifest.parity.status) == ("theirs.onnx", "passed")
+    assert manifest.provenance is not None
+    assert (manifest.provenance.kind, manifest.provenance.sha256) == ("onnx", manifests.sha256_of(path))
+    assert manifest.twin is None
+    images = _digits(50)
+    with open_engine(version.folder) as engine, torch.inference_mode():
+        expected = checkpoint.load(digits_run).model(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(engine.classify(images), expected, atol=1e-3)
+    path.unlink()
+    assert publish.verify(version, repository=own_models).manifest.parity.reference == "the imported file"
+
+
+def test_a_file_that_is_no_classifier_publishes_nothing(own_models: Repository, tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.onnx"):
+        publish.publish_onnx(tmp_path / "empty.onnx", repository=own_models, name="x", mapping=Mapping())
+    assert not (own_models.folder / "x").exists()

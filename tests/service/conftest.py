@@ -15,9 +15,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export import manifest as manifests
-from export.engines.base import FakeEngine, Images, Logits
-from export.manifest import Manifest, Parity, TensorSpec
-from export.repository import Draft, Repository, Version
+from export.engines.base import FakeEngine, Images, Inputs, Logits
+from export.manifest import Manifest, Parity, Requirements, TensorSpec
+from export.repository import Repository, Version
 from service.client import Client
 from service.inference import models
 from service.server import Service, Serving, running
@@ -30,41 +30,39 @@ CHANNELS, HEIGHT, WIDTH, CLASSES = 3, 4, 4, 5
 PIXELS = CHANNELS * HEIGHT * WIDTH
 MAX_BATCH = 8
 
+Output = Literal["logits", "probabilities"]
 Start = Callable[..., Serving]
 Publish = Callable[..., Version]
 
 
-def small_onnx(weights: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> onnx.ModelProto:
-    nodes = [
-        helper.make_node("Flatten", ["images"], ["flat"]),
-        helper.make_node("Gemm", ["flat", "weights"], ["logits"]),
-    ]
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", CHANNELS, HEIGHT, WIDTH])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])
-    graph = helper.make_graph(nodes, "linear", [images], [logits], [numpy_helper.from_array(weights, "weights")])
+def small_onnx(
+    weights: np.ndarray[tuple[int, int], np.dtype[np.float32]], *, stored: bool, output: Output
+) -> onnx.ModelProto:
+    """Return a linear classifier; `stored`: of uint8 NHWC, otherwise of float32 NCHW."""
+    nodes, last = [], "images"
+    constants = [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(np.array(255, "f4"), "scale")]
+    if stored:
+        nodes.append(helper.make_node("Cast", ["images"], ["cast"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Transpose", ["cast"], ["turned"], perm=[0, 3, 1, 2]))
+        nodes.append(helper.make_node("Div", ["turned", "scale"], ["scaled"]))
+        last = "scaled"
+    nodes.append(helper.make_node("Flatten", [last], ["flat"]))
+    nodes.append(helper.make_node("Gemm", ["flat", "weights"], ["logits"]))
+    if output == "probabilities":
+        nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"]))
+    element = TensorProto.UINT8 if stored else TensorProto.FLOAT
+    images = helper.make_tensor_value_info("images", element, ["batch", *input_shape(stored=stored)])
+    answers = helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", CLASSES])
+    graph = helper.make_graph(nodes, "linear", [images], [answers], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def input_shape(*, stored: bool) -> tuple[int, int, int]:
+    return (HEIGHT, WIDTH, CHANNELS) if stored else (CHANNELS, HEIGHT, WIDTH)
 
 
 def weights_of(seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     return np.random.default_rng(seed).standard_normal((PIXELS, CLASSES)).astype(np.float32)
-
-
-def manifest_of(
-    draft: Draft, sha256: str, *, parity: Literal["passed", "failed", "not run"], max_batch: int
-) -> Manifest:
-    return Manifest(
-        model=draft.model,
-        version=draft.version,
-        file="model.onnx",
-        sha256=sha256,
-        runtime="onnxruntime",
-        precision="fp32",
-        inputs=(TensorSpec(name="images", datatype="FP32", shape=(-1, CHANNELS, HEIGHT, WIDTH)),),
-        outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),),
-        class_names=("plane", "car", "bird", "cat", "deer"),
-        max_batch=max_batch,
-        parity=Parity(status=parity, reference="numpy", images="random", explanation="a test wanted it so"),
-    )
 
 
 @pytest.fixture(scope="session")
@@ -78,13 +76,31 @@ def publish() -> Publish:
         seed: int = 0,
         parity: Literal["passed", "failed", "not run"] = "passed",
         max_batch: int = MAX_BATCH,
+        stored: bool = False,
+        output: Output = "logits",
     ) -> Version:
         target = Repository(repository)
         with target.draft(model) as draft:
             path = draft.folder / "model.onnx"
-            onnx.save(small_onnx(weights_of(seed)), path)
-            digest = manifests.sha256_of(path)
-            draft.describe(manifest_of(draft, digest, parity=parity, max_batch=max_batch))
+            onnx.save(small_onnx(weights_of(seed), stored=stored, output=output), path)
+            datatype = "UINT8" if stored else "FP32"
+            draft.describe(
+                Manifest(
+                    model=draft.model,
+                    version=draft.version,
+                    file="model.onnx",
+                    sha256=manifests.sha256_of(path),
+                    runtime="onnxruntime",
+                    precision="fp32",
+                    inputs=(TensorSpec(name="images", datatype=datatype, shape=(-1, *input_shape(stored=stored))),),
+                    outputs=(TensorSpec(name=output, datatype="FP32", shape=(-1, CLASSES)),),
+                    output=output,
+                    class_names=("plane", "car", "bird", "cat", "deer"),
+                    max_batch=max_batch,
+                    requires=Requirements(runtime=">=1.27"),
+                    parity=Parity(status=parity, reference="numpy", explanation="a test wanted it so"),
+                )
+            )
         return target.find(model)
 
     return publish
@@ -147,11 +163,17 @@ def start(loop: asyncio.AbstractEventLoop) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory, publish: Publish) -> Path:
-    """`linear`: version 1 (seed 0) and version 2 (seed 1), and `unproven`, whose proof of parity has not run."""
+    """Models of all kinds.
+
+    `linear`: version 1 (seed 0) and version 2 (seed 1); `unproven`, whose proof of parity has not run; `stored`, which
+    takes uint8 (seed 0); `shares`, which answers with probabilities (seed 0).
+    """
     folder = tmp_path_factory.mktemp("models")
     publish(folder, "linear", seed=0)
     publish(folder, "linear", seed=1)
     publish(folder, "unproven", parity="not run")
+    publish(folder, "stored", stored=True)
+    publish(folder, "shares", output="probabilities")
     return folder
 
 
@@ -189,12 +211,12 @@ class GatedEngine(FakeEngine):
         self.entered = threading.Event()
         self.batches: list[int] = []
 
-    def _run(self, images: Images) -> Logits:
-        self.batches.append(len(images))
+    def _run(self, inputs: Inputs) -> Logits:
+        self.batches.append(len(inputs))
         self.entered.set()
         if not self.gate.wait(20):
             raise TimeoutError("nobody opened the gate")
-        return super()._run(images)
+        return super()._run(inputs)
 
 
 @pytest.fixture
@@ -202,8 +224,8 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> list[GatedEngine]:
     """Make servers that start later serve gated engines; they are kept here."""
     opened: list[GatedEngine] = []
 
-    def open_gated(folder: Path, *, device: str, threads: int) -> GatedEngine:
-        del device, threads
+    def open_gated(folder: Path, **options: object) -> GatedEngine:
+        del options
         opened.append(GatedEngine(manifests.verify(folder)))
         return opened[-1]
 

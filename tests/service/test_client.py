@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from service import errors
-from service.client import Client
+from service.client import Client, ModelMetadata, TensorMetadata
 from service.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted, ServiceError, Unavailable
 from service.settings import Settings
 
@@ -54,6 +54,9 @@ def test_metadata_describes_the_engine(client: Client, repository: Path) -> None
     assert metadata.class_names == ("plane", "car", "bird", "cat", "deer")
     assert metadata.properties["runtime"] == "onnxruntime"
     assert metadata.properties["precision"] == "fp32"
+    assert metadata.image_shape == (3, 4, 4)
+    assert not metadata.channels_last
+    assert not metadata.answers_probabilities
     assert metadata.properties["version"] == "2"
     assert metadata.properties["sha256"] in (repository / "linear" / "2" / "manifest.json").read_text()
 
@@ -83,6 +86,65 @@ def test_non_contiguous_images_are_sent_as_they_look(client: Client, images: Ima
     flipped = images[:4, :, :, ::-1]
     expected = client.infer(np.ascontiguousarray(flipped), model="linear")
     np.testing.assert_array_equal(client.infer(flipped, model="linear"), expected)
+
+
+def grey_levels(images: Images) -> Images:
+    """Return images in steps of 1/255: what uint8 can hold."""
+    return np.asarray(np.rint(images * 255) / np.float32(255))
+
+
+def test_a_model_that_takes_uint8_is_described_as_such(client: Client) -> None:
+    metadata = client.metadata("stored")
+    assert [(spec.name, spec.datatype, spec.shape) for spec in metadata.inputs] == [("images", "UINT8", (-1, 4, 4, 3))]
+    assert metadata.channels_last
+    assert metadata.image_shape == (3, 4, 4)
+
+
+def test_images_for_a_model_that_takes_uint8_are_rounded_to_what_can_be_sent(
+    client: Client, images: Images, weights: Callable[[int], np.ndarray]
+) -> None:
+    expected = grey_levels(images).reshape(len(images), -1) @ weights(0)
+    # More images than a request of it may have.
+    np.testing.assert_allclose(client.infer(images, model="stored"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_takes_uint8_is_sent_stored_images_as_they_are(client: Client, images: Images) -> None:
+    stored = np.ascontiguousarray(np.rint(images * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(client.infer(stored, model="stored"), client.infer(images, model="stored"))
+
+
+def test_stored_images_are_not_sent_to_a_model_that_takes_others(client: Client) -> None:
+    with pytest.raises(ValueError, match=r"linear: expected float32 images in \[0, 1\] .*, got uint8 \(1, 4, 4, 3\)"):
+        client.infer(np.zeros((1, 4, 4, 3), np.uint8), model="linear")
+
+
+def test_images_that_uint8_cannot_hold_are_not_sent(client: Client, images: Images) -> None:
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1\], got .*; scale the images"):
+        client.infer(images * 255, model="stored")
+
+
+def test_a_model_may_answer_with_probabilities_and_says_so(client: Client, images: Images) -> None:
+    assert client.metadata("shares").answers_probabilities
+    shares = client.infer(images, model="shares")
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(shares.argmax(axis=1), client.infer(images, model="linear", version=1).argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "properties", "expected"),
+    [
+        ("logits", {}, False),
+        ("probabilities", {}, True),
+        ("scores", {"output": "probabilities"}, True),
+        ("probabilities", {"output": "logits"}, False),
+    ],
+)
+def test_what_a_server_says_of_its_answers_counts_more_than_their_name(
+    name: str, properties: dict[str, str], *, expected: bool
+) -> None:
+    spec = TensorMetadata(name, "FP32", (-1, 5))
+    metadata = ModelMetadata("m", ("1",), "", (TensorMetadata("images", "FP32", (-1, 3, 4, 4)),), (spec,), properties)
+    assert metadata.answers_probabilities is expected
 
 
 def test_a_given_batch_is_respected(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
@@ -124,7 +186,9 @@ def test_wrong_shape_is_told_by_the_server(client: Client) -> None:
     "images", [np.zeros((0, 3, 4, 4), np.float32), np.zeros((3, 4, 4), np.float32), np.zeros((1, 3, 4, 4))]
 )
 def test_what_are_no_images_is_not_sent(client: Client, images: Images) -> None:
-    with pytest.raises(ValueError, match=r"expected float32 images of shape \(N, C, H, W\), got"):
+    with pytest.raises(
+        ValueError, match=r"expected float32 images of shape \(N, C, H, W\), or uint8 ones .*, got float"
+    ):
         client.infer(images, model="linear")
 
 

@@ -122,7 +122,7 @@ async def test_a_missing_repository_is_told_before_anything_is_served(tmp_path: 
 
 def test_serving_says_where_and_what(serving: Serving) -> None:
     assert serving.address == f"127.0.0.1:{serving.port}"
-    assert serving.models == ("linear",)
+    assert serving.models == ("linear", "shares", "stored")
 
 
 def test_messages_may_be_as_large_as_the_settings_say(start: Start, repository: Path, images: Images) -> None:

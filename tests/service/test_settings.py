@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from service import settings
 from service.settings import Settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
@@ -33,15 +30,25 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         max_queue_size = 16
         max_queue_delay_ms = 1.5
         [engine]
-        device = "cuda"
+        device = "cuda:1"
+        provider = "tensorrt"
         threads = 2
         instances = 3
+        rebuild = "auto"
+        cache = "/var/cache/tenet"
         """
     )
     assert settings.read(path).model_dump() == {
         "server": {"host": "0.0.0.0", "port": 9000, "max_message_mib": 8, "shutdown_grace_s": 2.0},
         "batching": {"max_batch_size": 4, "max_queue_size": 16, "max_queue_delay_ms": 1.5},
-        "engine": {"device": "cuda", "threads": 2, "instances": 3},
+        "engine": {
+            "device": "cuda:1",
+            "provider": "tensorrt",
+            "threads": 2,
+            "instances": 3,
+            "rebuild": "auto",
+            "cache": Path("/var/cache/tenet"),
+        },
     }
 
 
@@ -54,7 +61,16 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ("[server]\nport = '8001'", r"server\.port: input should be a valid integer, got '8001'"),
         ("[batching]\nmax_queue_size = 0", r"batching\.max_queue_size: .*, got 0"),
         ("[batching]\nmax_queue_delay_ms = inf", r"batching\.max_queue_delay_ms: .*finite.*"),
-        ("[engine]\ndevice = 'tpu'", r"engine\.device: input should be 'cpu' or 'cuda', got 'tpu'"),
+        ("[engine]\ndevice = 'tpu'", r"engine\.device: device 'tpu': expected one of cpu, cuda, cuda:N"),
+        ("[engine]\ndevice = 0", r"engine\.device: input should be a valid string, got 0"),
+        ("[engine]\nprovider = 'CPU'", r"engine\.provider: input should be 'cpu', 'cuda', 'tensorrt' or .*, got 'CPU'"),
+        (
+            "[engine]\ndevice = 'cuda:1'\nprovider = 'cpu'",
+            r"engine: provider 'cpu': expected device 'cpu', got 'cuda:1'; change one of them",
+        ),
+        ("[engine]\nthreads = 0", r"engine\.threads: input should be greater than or equal to 1, got 0"),
+        ("[engine]\nrebuild = true", r"engine\.rebuild: input should be 'never' or 'auto', got True"),
+        ("[engine]\ncache = 1", r"engine\.cache: .*path.*, got 1"),
         ("[engine]\ninstances = true", r"engine\.instances: .*, got True"),
         ("[server", "expected TOML"),
     ],

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from export import twin
 from export.engines import open_engine
 from service.audit import attacks, samples
 from service.audit import plan as plans
 from service.audit.plan import Attack, Data
 from service.audit.targets import AttackModel, EngineTarget, zero_gradients
-from training import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,10 +36,10 @@ def _attack(name: str, epsilons: str, **options: int) -> Attack:
 @pytest.fixture
 def model(digits_models: Repository) -> Iterator[AttackModel]:
     version = digits_models.find("digits")
-    twin = digits_models.twin_of(version)
-    assert twin is not None
+    module = twin.load(version, repository=digits_models)
+    assert module is not None
     with open_engine(version.folder) as engine:
-        yield AttackModel(EngineTarget(engine), checkpoint.load(twin).model.requires_grad_(requires_grad=False))
+        yield AttackModel(EngineTarget(engine), module.requires_grad_(requires_grad=False))
 
 
 ATTACKS = [
@@ -85,6 +85,9 @@ class _Stubborn:
 
     def predict(self, images: Images) -> Labels:
         return np.asarray(self(images).argmax(axis=1))
+
+    def seen(self, images: Images) -> Images:
+        return images
 
 
 def test_the_engine_decides_and_not_the_twin(model: AttackModel) -> None:

@@ -13,6 +13,7 @@ from service.audit.report import Report
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Literal
 
     from export.repository import Repository
 
@@ -124,6 +125,31 @@ def test_the_plan_knows_exactly_the_corruptions_that_there_are() -> None:
     from service.audit import corruptions
 
     assert corruptions.NAMES == CORRUPTIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["logits", "probabilities"])
+def test_a_model_that_takes_uint8_is_audited_by_what_can_be_sent(
+    digits_run: Path, tmp_path: Path, output: Literal["logits", "probabilities"]
+) -> None:
+    from export import publish
+    from export.publish import Form
+    from export.repository import Repository
+
+    repository = Repository(tmp_path)
+    publish.publish_checkpoint(digits_run, repository=repository, name="digits", form=Form("uint8", output))
+    report = _audit(
+        repository, PLAN.replace("digits-int8", "digits").replace('[differential]\nreference = "digits"\n', "")
+    )
+    assert report.clean.accuracy > 0.9
+    (attack,) = report.attacks
+    weak, strong = attack.results
+    assert strong.robust_accuracy < weak.robust_accuracy <= report.clean.accuracy
+    # Less than half a grey level is nothing that can be sent.
+    none = _audit(
+        repository, PLAN.replace("digits-int8", "digits").split("[corruptions]")[0].replace("4/255", "0.4/255")
+    )
+    assert none.attacks[0].results[0].robust_accuracy == none.clean.accuracy
 
 
 def _result(shard: Shard, **found: object) -> ShardResult:

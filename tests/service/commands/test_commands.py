@@ -72,7 +72,7 @@ def test_a_failed_gate_is_exit_code_1(digits_models: Repository, tmp_path: Path)
     [
         (["train", "nowhere.toml", "--out", "x"], "nowhere.toml"),
         (["export", "nowhere", "--repository", "m", "--name", "x"], "nowhere"),
-        (["export", "--repository", "m", "--name", "x"], "expected either a RUN folder or --from NAME"),
+        (["export", "--repository", "m", "--name", "x"], "expected one of a RUN folder, --from NAME, --factory"),
         (["export", "--from", "a", "--repository", "m", "--name", "x"], "m: expected a model repository here"),
         (["export", "nowhere", "--repository", "m", "--name", "../x"], "model name '../x': expected letters"),
         (["models", "list", "--repository", "nowhere"], "nowhere: expected a model repository here"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from export.manifest import FILE_NAME, Requirements
 from service.errors import InvalidArgument, NotFound
 from service.inference.models import Models
 from service.settings import Settings
@@ -33,11 +35,11 @@ async def loaded(folder: Path, settings: Settings | None = None) -> AsyncIterato
 
 async def test_all_servable_versions_are_served(repository: Path) -> None:
     async with loaded(repository) as models:
-        assert models.served == ["linear"]
+        assert models.served == ["linear", "shares", "stored"]
         assert models.versions("linear") == [1, 2]
         assert models.find("linear").manifest.version == 2
         assert models.find("linear", "1").manifest.version == 1
-        assert models.health == {"linear": True, "unproven": False}
+        assert models.health == {"linear": True, "shares": True, "stored": True, "unproven": False}
         # Not meant to be served is not the same as broken.
         assert models.ready
 
@@ -65,20 +67,32 @@ async def test_a_model_without_a_version_that_loads_makes_the_server_not_ready(
     async with loaded(tmp_path) as models:
         assert models.served == ["sound"]
         assert not models.ready
-        with pytest.raises(
-            NotFound, match=r"'broken' has no version that can be served; version 1: .*expected the engine"
-        ):
+        with pytest.raises(NotFound, match=r"'broken' has no version that can be served; version 1: .*expected a file"):
             models.find("broken")
 
 
-@pytest.mark.parametrize("parity", ["failed", "not run"])
-async def test_without_its_proof_a_version_is_not_served(tmp_path: Path, publish: Publish, parity: str) -> None:
+@pytest.mark.parametrize(
+    ("parity", "reason"),
+    [
+        ("failed", "blocked: its proof of parity failed: a test wanted it so; export it in another precision"),
+        (
+            "not run",
+            "unproven: its proof of parity has not run: a test wanted it so; "
+            "complete it with `tenet models verify linear@2`",
+        ),
+    ],
+)
+async def test_without_its_proof_a_version_is_not_served(
+    tmp_path: Path, publish: Publish, parity: str, reason: str
+) -> None:
     publish(tmp_path, "linear")
     publish(tmp_path, "linear", parity=parity)
     async with loaded(tmp_path) as models:
         assert models.find("linear").manifest.version == 1
-        with pytest.raises(NotFound, match=rf"its proof of parity is '{parity}': a test wanted it so"):
+        assert models.ready
+        with pytest.raises(NotFound) as caught:
             models.find("linear", "2")
+    assert str(caught.value) == f"model 'linear': version 2 cannot be served: {reason}"
 
 
 @pytest.mark.parametrize("manifest", ["{", "{}", "[]"])
@@ -98,24 +112,41 @@ async def test_a_copied_version_is_not_passed_off_as_another(tmp_path: Path, pub
 
 
 async def test_one_input_and_one_output(tmp_path: Path, publish: Publish) -> None:
-    path = publish(tmp_path, "linear").folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["outputs"] *= 2
-    path.write_text(json.dumps(manifest))
+    version = publish(tmp_path, "linear")
+    twice = version.manifest.model_copy(update={"outputs": version.manifest.outputs * 2})
+    (version.folder / FILE_NAME).write_bytes(twice.as_json())
     async with loaded(tmp_path) as models:
         with pytest.raises(NotFound, match="expected one input and one output, got 1 inputs and 2 outputs"):
             models.find("linear")
 
 
-async def test_a_device_that_is_not_there_is_a_reason(
-    tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish(tmp_path, "linear")
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    async with loaded(tmp_path, Settings.model_validate({"engine": {"device": "cuda"}})) as models:
+async def test_what_this_machine_lacks_is_a_reason(tmp_path: Path, publish: Publish) -> None:
+    version = publish(tmp_path, "linear")
+    newer = version.manifest.model_copy(update={"requires": Requirements(runtime=">=99.5")})
+    (version.folder / FILE_NAME).write_bytes(newer.as_json())
+    async with loaded(tmp_path) as models:
         assert not models.ready
-        with pytest.raises(NotFound, match="no CUDAExecutionProvider"):
+        with pytest.raises(NotFound, match=r"linear@1 cannot run here: expected onnxruntime >=99\.5"):
             models.find("linear")
+
+
+async def test_a_device_that_is_not_there_is_a_reason(tmp_path: Path, publish: Publish) -> None:
+    publish(tmp_path, "linear")
+    # No machine has a thousand.
+    async with loaded(tmp_path, Settings.model_validate({"engine": {"device": "cuda:1000"}})) as models:
+        assert not models.ready
+        with pytest.raises(NotFound, match=r"expected an NVIDIA GPU, and CUDA finds none|device 'cuda:1000': expected"):
+            models.find("linear")
+
+
+async def test_a_model_that_takes_uint8_is_served_as_it_is(tmp_path: Path, publish: Publish) -> None:
+    publish(tmp_path, "stored", stored=True)
+    stored = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    async with loaded(tmp_path) as models:
+        version = models.find("stored")
+        together = await version.infer(stored)
+        alone = await asyncio.gather(*(version.infer(stored[index : index + 1]) for index in range(3)))
+    np.testing.assert_allclose(np.concatenate(alone), together, rtol=1e-5, atol=1e-5)
 
 
 async def test_engine_settings_reach_the_engines(tmp_path: Path, publish: Publish, gated: list[GatedEngine]) -> None:

@@ -91,6 +91,65 @@ def test_triton_client_is_told_of_unknown_outputs(triton: Triton, images: Images
         triton.infer("linear", [triton_input(images[:1])], outputs=[InferRequestedOutput("probabilities")])
 
 
+def stored_input(stored: np.ndarray[Any, np.dtype[np.uint8]]) -> InferInput:
+    tensor = InferInput("images", list(stored.shape), "UINT8")
+    tensor.set_data_from_numpy(stored)
+    return tensor
+
+
+def test_triton_client_infers_with_a_model_that_takes_uint8(triton: Triton, weights: Any) -> None:
+    metadata = triton.get_model_metadata("stored", as_json=True)
+    assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": ["-1", "4", "4", "3"]}]
+    stored = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    answers = triton.infer("stored", [stored_input(stored)]).as_numpy("logits")
+    images = stored.transpose(0, 3, 1, 2).reshape(5, -1) / np.float32(255)
+    np.testing.assert_allclose(answers, images @ weights(0), rtol=1e-4, atol=1e-4)
+
+
+def test_floats_for_a_model_that_takes_uint8_are_refused_with_the_way_out(triton: Triton, images: Images) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        triton.infer("stored", [triton_input(images[:1])])
+    assert caught.value.message() == (
+        "input 'images': expected datatype UINT8, got 'FP32'; the model takes images as they are stored: (N, H, W, C), "
+        "values from 0 to 255"
+    )
+
+
+def test_stored_images_in_the_order_of_others_are_refused(triton: Triton) -> None:
+    with pytest.raises(InferenceServerException, match=r"expected shape \(1 to 8, 4, 4, 3\), got \(1, 3, 4, 4\)"):
+        triton.infer("stored", [stored_input(np.zeros((1, 3, 4, 4), np.uint8))])
+
+
+def test_stored_images_may_come_in_typed_fields(stub: GRPCInferenceServiceStub) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    request = pb.ModelInferRequest(model_name="stored")
+    tensor = request.inputs.add(name="images", datatype="UINT8", shape=stored.shape)
+    request.raw_input_contents.append(stored.tobytes())
+    raw = stub.ModelInfer(request)
+    request.ClearField("raw_input_contents")
+    tensor.contents.uint_contents.extend(stored.ravel().tolist())
+    typed = stub.ModelInfer(request)
+    assert np.array(typed.outputs[0].contents.fp32_contents, "<f4").tobytes() == raw.raw_output_contents[0]
+    tensor.contents.uint_contents[7] = 256
+    assert refusal(stub.ModelInfer, request) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "input 'images': expected UINT8 values from 0 to 255, got 256",
+    )
+
+
+def test_requests_with_uint8_share_calls(start: Start, repository: Path, *, gated: list[GatedEngine]) -> None:
+    address = start(repository).address
+    engine = next(engine for engine in gated if engine.manifest.model == "stored")
+    stored = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    with Client(address) as client, ThreadPoolExecutor(len(stored)) as pool:
+        parts = [stored[index : index + 1] for index in range(len(stored))]
+        answers = [pool.submit(client.infer, part, model="stored") for part in parts]
+        assert engine.entered.wait(_SECONDS)
+        engine.gate.set()
+        alone = np.concatenate([answer.result(_SECONDS) for answer in answers])
+        np.testing.assert_allclose(alone, client.infer(stored, model="stored"), rtol=1e-4, atol=1e-4)
+
+
 def test_no_version_is_the_latest_and_is_named(stub: GRPCInferenceServiceStub, images: Images) -> None:
     assert stub.ModelInfer(request_of(images[:1])).model_version == "2"
 
@@ -122,7 +181,7 @@ def test_every_batch_size_up_to_the_largest(stub: GRPCInferenceServiceStub, imag
             "unproven",
             "",
             grpc.StatusCode.NOT_FOUND,
-            "model 'unproven' has no version that can be served; version 1: its",
+            "model 'unproven' has no version that can be served; version 1: unproven: its proof of parity has not run",
         ),
         ("linear", "foo", grpc.StatusCode.INVALID_ARGUMENT, "model version 'foo': expected a whole number"),
         ("../linear", "", grpc.StatusCode.INVALID_ARGUMENT, "model name '../linear': expected letters, digits"),
