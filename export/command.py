@@ -117,7 +117,9 @@ DisagreementOption = Annotated[
     float | None,
     _option(_PROOF, "Share of images whose top-1 may differ; by default 0.005, of fp16 0.01, of int8 0.03."),
 ]
-BlockOption = Annotated[bool, _option(_PROOF, "Publish what fails its proof, too, as blocked: it is not served.")]
+BlockOption = Annotated[
+    bool, _option(_PROOF, "Publish what fails its proof, too, as blocked: it is not served.", "--block")
+]
 MeanOption = Annotated[str | None, _option(_OWN, "Subtracted from images in [0, 1], per channel: 0.485,0.456,0.406.")]
 StdOption = Annotated[str | None, _option(_OWN, "Then divided by, per channel: 0.229,0.224,0.225.")]
 
@@ -143,7 +145,8 @@ def export(
     max_disagreement: DisagreementOption = None,
     block: BlockOption = False,
     bisect: Annotated[
-        bool, _option(_PROOF, "If fp16 or int8 fails: say which layers cost most, and what to keep in fp32.")
+        bool,
+        _option(_PROOF, "If fp16 or int8 fails: say which layers cost most, and what to keep in fp32.", "--bisect"),
     ] = False,
     keep: Annotated[
         list[str] | None, _option(_ROUNDING, "A node to keep in fp32; may be repeated.", "--keep-fp32")
@@ -169,7 +172,9 @@ def export(
     hardware_compatibility: Annotated[
         HardwareCompatibility | None, _option(_PLAN, "Which other GPUs take the plan (tensorrt).")
     ] = None,
-    version_compatible: Annotated[bool, _option(_PLAN, "Later versions take the plan, too (tensorrt).")] = False,
+    version_compatible: Annotated[
+        bool, _option(_PLAN, "Later versions take the plan, too (tensorrt).", "--version-compatible")
+    ] = False,
     timing_cache: Annotated[Path | None, _option(_PLAN, "Folder that keeps kernels' timings (tensorrt).")] = None,
     factory: Annotated[str | None, _option(_OWN, "package.module:function that makes the network.")] = None,
     weights: Annotated[Path | None, _option(_OWN, "Its state_dict: safetensors, or as torch.save writes it.")] = None,
@@ -257,7 +262,10 @@ def import_model(
     std: Annotated[str | None, _option(_MEANING, "Then divided by, per channel, RGB.")] = None,
     image_size: Annotated[str | None, _option(_MEANING, "Height, width, where the graph takes any: 224,224.")] = None,
     dynamic_batch: Annotated[
-        bool, _option(_MEANING, "Replace a fixed batch by a dynamic one; proved against the file as it is.")
+        bool,
+        _option(
+            _MEANING, "Replace a fixed batch by a dynamic one; proved against the file as it is.", "--dynamic-batch"
+        ),
     ] = False,
     probabilities: Annotated[
         bool | None, _option(_MEANING, "Whether its answers are softmax already; by default it is looked at.")

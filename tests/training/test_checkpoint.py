@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,6 +64,23 @@ def test_a_run_is_two_files_and_nothing_beside_them(folder: Path) -> None:
     record = json.loads((folder / "run.json").read_text())
     assert record["versions"].keys() >= {"python", "torch"}
     assert checkpoint.load(folder).sha256 == record["sha256"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
+def test_a_run_says_the_commit_of_the_working_tree(
+    tmp_path: Path, model: nn.Module, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    monkeypatch.chdir(tree)
+    assert checkpoint.record(save(tmp_path / "outside", model, recipe)).commit is None
+    for command in ("init", "add .", "-c user.name=a -c user.email=a@b commit -m first"):
+        (tree / "recipe.toml").write_text("[data]\n")
+        subprocess.run(["git", *command.split()], check=True, capture_output=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert checkpoint.record(save(tmp_path / "clean", model, recipe)).commit == head
+    (tree / "recipe.toml").write_text("[model]\n")
+    assert checkpoint.record(save(tmp_path / "changed", model, recipe)).commit == f"{head}-dirty"
 
 
 def test_a_record_is_read_without_the_weights(folder: Path, recipe: Recipe) -> None:
