@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export import images, int8, publish, sensitivity, variant
+from export import images, publish, sensitivity, variant
 from export.repository import Repository
+from export.rounding import int8
 from training import loop, recipe
 
 if TYPE_CHECKING:
     from export.images import ImageSet
-    from export.int8 import Quantiser
+    from export.rounding.int8 import Quantiser
 
 # Images that disagreement is measured on, at most.
 PROOF_IMAGES = 512

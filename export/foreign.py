@@ -1,6 +1,6 @@
 """Anybody's classifier -> the graph that everything here runs: `images` in, `logits` or `probabilities` out.
 
-model --export.classifier--> one input, one output, any batch --nodes before and after--> our graph
+model --export.graph.classifier--> one input, one output, any batch --nodes before and after--> our graph
 images --Cast, NCHW, [0, 1] from uint8--> (x - mean) / std * range --BGR, NHWC, type--> graph --float32--> answer
 """
 
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx
 
-from export import batch_dimension, labels, onnx_file, onnx_parts
-from export.classifier import classifier_from_model
+from export import labels, onnx_file
+from export.graph import batch_dimension, onnx_parts
+from export.graph.classifier import classifier_from_model
 from export.labels import class_names
 from export.mapping import Mapping, feed, per_channel, read_mapping
 
 if TYPE_CHECKING:
-    from export.classifier import Classifier
+    from export.graph.classifier import Classifier
     from export.manifest import TensorSpec
 
 __all__ = ["Adapted", "Mapping", "adapted", "class_count", "class_names", "feed", "read_mapping"]

@@ -14,7 +14,7 @@ import onnx.inliner
 import onnx.version_converter
 from google.protobuf.message import DecodeError
 
-from export import external_data, onnx_parts
+from export.graph import external_data, onnx_parts
 from export.manifest import TensorSpec
 
 if TYPE_CHECKING:

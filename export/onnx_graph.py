@@ -18,7 +18,8 @@ import onnx
 import torch
 from torch import nn
 
-from export import batch_dimension, onnx_file, onnx_parts
+from export import onnx_file
+from export.graph import batch_dimension, onnx_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

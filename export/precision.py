@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from export import fp16, int8, preparation
+from export.graph import preparation
+from export.rounding import fp16, int8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from export.calibration import Inputs
     from export.manifest import Method, Target
+    from export.rounding.calibration import Inputs
 
 
 def fp16_from_onnx(

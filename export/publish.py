@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx
 
-from export import classifier, foreign, images, onnx_file, onnx_graph, parity, reference, twin
+from export import foreign, images, onnx_file, onnx_graph, parity, reference, twin
 from export import manifest as manifests
 from export.engines import open_engine
 from export.engines.base import CannotRunHere
+from export.graph import classifier
 from export.labels import check, class_names
 from export.manifest import Build, Manifest, Parity, Provenance, Requirements, Twin
 from export.parity import ParityFailed

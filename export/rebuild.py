@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export import atomic, parity, rebuild_cache, requirements, tensorrt_plan
 from export import manifest as manifests
+from export import parity, rebuild_cache, requirements, tensorrt_plan
 from export.engines import cuda, ort
 from export.engines.base import CannotRunHere
 from export.engines.messages import import_runtime
 from export.engines.trt import TrtEngine
 from export.manifest import Images, Manifest, Parity
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export import atomic
 from export import manifest as manifests
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

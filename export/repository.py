@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export import manifest as manifests
-from export import retention, triton
-from export.catalogue import Catalogue, TwinFiles, Version
-from export.drafts import Draft
+from export import triton
 from export.manifest import Manifest, Parity, checked_name
-from export.model_state import ModelState, checked_alias
-from export.retention import Kept, Policy
-from export.storage import FULL, FolderStorage, Storage
+from export.store import retention
+from export.store.catalogue import Catalogue, TwinFiles, Version
+from export.store.drafts import Draft
+from export.store.model_state import ModelState, checked_alias
+from export.store.retention import Kept, Policy
+from export.store.storage import FULL, FolderStorage, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from datetime import timedelta
 
-    from export.storage import Step
+    from export.store.storage import Step
 
 # Publishers in an object store, on other machines, that one may have to wait for before all agree.
 _ROUNDS = 10
@@ -53,7 +54,7 @@ def open_repository(location: str | Path) -> Repository:
     protocol, found, path = str(location).partition("://")
     if not found or protocol == "file":
         return Repository(Path(path if found else protocol))
-    from export import remote  # noqa: PLC0415 - serving from a folder needs none of it
+    from export.store import remote  # noqa: PLC0415 - serving from a folder needs none of it
 
     return Repository(remote.storage(str(location)))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from export import calibration, fp16, int8
+from export.rounding import calibration, fp16, int8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from export.calibration import Inputs
     from export.manifest import Method, Target
+    from export.rounding.calibration import Inputs
 
     Logits = Float32[np.ndarray, "n classes"]
     Acceptable = Callable[[Logits, Logits], bool]

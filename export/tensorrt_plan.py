@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 
-from export import atomic, build_log, plan_source, requirements, timing_cache
-from export.build_progress import monitor
+from export import requirements
 from export.engines import cuda
 from export.engines.base import CannotRunHere
 from export.engines.messages import import_runtime, logger
 from export.engines.plans import uncovered
 from export.manifest import Requirements
+from export.plan import build_log, plan_source, timing_cache
+from export.plan.build_progress import monitor
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

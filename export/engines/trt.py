@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from export import atomic
 from export.engines import plans
 from export.engines.base import DTYPES, CannotRunHere, Engine, Inputs, Logits
 from export.engines.cuda import Device
 from export.engines.messages import heard, import_runtime
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

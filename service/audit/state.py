@@ -12,7 +12,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from export import atomic
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -168,7 +168,7 @@ def show_reports(reports: list[Report]) -> None:
 
 def write_page(reports: list[Report], path: Path) -> None:
     """Write reports as one HTML page."""
-    from export import atomic
+    from export.store import atomic
     from service.audit import page
 
     atomic.write(path, page.render([finished.to_json() for finished in reports]).encode())
@@ -197,7 +197,7 @@ def _relative(plan: Plan, path: Path) -> str | Path:
 
 
 def _write(content: str, json_file: Path | None, html_file: Path | None) -> None:
-    from export import atomic
+    from export.store import atomic
 
     if json_file is not None:
         atomic.write(json_file, content.encode())

@@ -14,8 +14,9 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export import classifier, foreign, onnx_file
+from export import foreign, onnx_file
 from export.foreign import Mapping
+from export.graph import classifier
 from export.manifest import TensorSpec
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from export.manifest import Images, Manifest, Parity, Requirements, Source, TensorSpec, sha256_of
-from export.model_state import ModelState
 from export.repository import Draft, Repository, TwinFiles, Version, open_repository
+from export.store.model_state import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from export import precision, preparation, sensitivity
+from export import precision, sensitivity
+from export.graph import preparation
 from tests.export import networks
 
 if TYPE_CHECKING:

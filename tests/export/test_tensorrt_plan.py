@@ -77,7 +77,7 @@ def test_the_log_holds_what_was_said_and_no_folder_of_this_machine(tmp_path: Pat
 
 
 def test_paths_are_cut_from_the_log_and_names_of_nodes_are_not(tmp_path: Path) -> None:
-    from export import build_log
+    from export.plan import build_log
 
     with build_log.kept(rtx, tmp_path / "build.log", private=(tmp_path,)) as heard:
         heard.all.append(messages.Message("INFO", f"reads {tmp_path}/weights.bin for node /layer1/conv/Conv"))

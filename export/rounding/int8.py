@@ -12,8 +12,9 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 
-from export import calibration, preparation
+from export.graph import preparation
 from export.manifest import Target
+from export.rounding import calibration
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     import onnx
     from onnxruntime.quantization.calibrate import TensorsData
 
-    from export.calibration import Inputs
+    from export.graph.preparation import Prepared
     from export.manifest import Method
-    from export.preparation import Prepared
+    from export.rounding.calibration import Inputs
 
 # Operators that compute with 8-bit integers in ONNX Runtime's CPU provider. Its quantiser would take others as well,
 # LayerNormalization for one, which then lose precision and gain nothing: there are no integer kernels for them.

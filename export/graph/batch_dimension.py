@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from export import onnx_parts
+from export.graph import onnx_parts
 
 NAME = "batch"
 

@@ -26,19 +26,19 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from export import atomic, drafts, model_state
 from export import manifest as manifests
 from export.manifest import NAME_PATTERN
-from export.storage import FULL, VERSION, FolderStorage, Storage
+from export.store import atomic, drafts, model_state
+from export.store.storage import FULL, VERSION, FolderStorage, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from export.drafts import Draft
     from export.manifest import Manifest
-    from export.model_state import ModelState
-    from export.storage import Step
+    from export.store.drafts import Draft
+    from export.store.model_state import ModelState
+    from export.store.storage import Step
 
 __all__ = ["OFFLINE", "ObjectStorage", "OfflineStorage", "cache_of", "storage"]
 

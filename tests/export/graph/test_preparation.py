@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export import preparation
+from export.graph import preparation
 from tests.export import networks
 
 if TYPE_CHECKING:

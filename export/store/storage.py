@@ -1,4 +1,4 @@
-"""Where the files of a repository lie: a folder here; `export.remote` has the one for object stores.
+"""Where the files of a repository lie: a folder here; `export.store.remote` has the one for object stores.
 
 draft (hidden folder) --files written, fsynced--> rename --> <version>/ --config.pbtxt--> seen by Triton too
 <version>/ --rename--> hidden folder --> removed                    readers never see half a version
@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from export import atomic, drafts, model_state
 from export import manifest as manifests
 from export.manifest import NAME_PATTERN
-from export.model_state import ModelState
+from export.store import atomic, drafts, model_state
+from export.store.model_state import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from export.drafts import Draft
     from export.manifest import Manifest
+    from export.store.drafts import Draft
 
 # A file to be written by its path below the repository, None for one to be removed.
 Step = tuple[str, bytes | None]

@@ -9,8 +9,8 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from export import atomic
 from export.engines import cuda
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

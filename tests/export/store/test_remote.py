@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from export import remote
 from export.manifest import Images, Manifest, Parity, Requirements, Source, TensorSpec, Twin, sha256_of
-from export.model_state import ModelState
 from export.repository import Draft, Repository, Version, open_repository
-from export.storage import Storage
+from export.store import remote
+from export.store.model_state import ModelState
+from export.store.storage import Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from export import batch_dimension, onnx_parts
+from export.graph import batch_dimension, onnx_parts
 
 
 def _model(body: str, *, batch: int = 1, scores: str = "float[N, M] scores") -> onnx.ModelProto:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
 from onnxruntime.quantization.calibrate import HistogramCollector, MinMaxCalibrater, PercentileCalibrater
 
-from export import calibration, preparation
+from export.graph import preparation
+from export.rounding import calibration
 from tests.export import networks
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from export.graph.preparation import Prepared
     from export.manifest import Method
-    from export.preparation import Prepared
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export import atomic
 from export.engines.messages import heard, interruptible
+from export.store import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from export import manifest as manifests
 from export import triton
 from export.manifest import Manifest, checked_name
-from export.storage import VERSION
+from export.store.storage import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from export.storage import Storage
+    from export.store.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers import float16
 
-from export import calibration, preparation
+from export.graph import preparation
+from export.rounding import calibration
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path
 
-    from export.calibration import Inputs
-    from export.preparation import Prepared
+    from export.graph.preparation import Prepared
+    from export.rounding.calibration import Inputs
 
 # Names of the casts to fp16 that the converter adds behind fp32 inputs and nodes.
 _NARROWS = re.compile(r"^graph_input_cast\d+$|_cast_to_fp16_node$")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from export import atomic
+from export.store import atomic
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

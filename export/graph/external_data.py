@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from export import onnx_parts
+from export.graph import onnx_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

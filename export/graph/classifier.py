@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from export import batch_dimension, onnx_file, onnx_parts
+from export import onnx_file
+from export.graph import batch_dimension, onnx_parts
 from export.mapping import feed
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Parts of ONNX graphs: reading, pruning, preparing them."""

@@ -1,0 +1,1 @@
+"""What the build of a TensorRT plan needs: its parser, its progress, its log, its timings."""
