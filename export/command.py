@@ -5,7 +5,11 @@ Flags stand in panels by what they are about; one that would have no effect is a
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +18,14 @@ import typer
 
 from export import summary
 from export.console import complain, console, progress
+from export.manifest import LARGEST_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from export.console import Tick
     from export.mapping import Mapping
+    from export.parity import ParityFailed
     from export.publish import Form, Terms
     from export.repository import Repository, Version
     from export.tensorrt_plan import Options
@@ -27,6 +34,9 @@ if TYPE_CHECKING:
 
 # The exit code of a failed check, as that of a failed gate.
 FAILED = 1
+
+# Between two lines on a build's progress in a log.
+_LOG_SECONDS = 5.0
 
 
 class Precision(StrEnum):
@@ -109,7 +119,7 @@ RepositoryOption = Annotated[
 ]
 NameOption = Annotated[str, typer.Option(help="The model's name in the repository.")]
 InputOption = Annotated[Input, typer.Option("--input", help="What it takes: float32 NCHW in [0, 1], or uint8 NHWC.")]
-MaxBatchOption = Annotated[int | None, typer.Option(min=1, help="The largest batch it will take.")]
+MaxBatchOption = Annotated[int | None, typer.Option(min=1, max=LARGEST_BATCH, help="The largest batch it will take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
 ImagesOption = Annotated[Path | None, _option(_PROOF, "Folder of class folders to calibrate on and to compare on.")]
 CountOption = Annotated[int, _option(_PROOF, "Images to compare on, at most.", "--parity-images", min=1)]
@@ -158,7 +168,9 @@ def export(
     percentile: Annotated[
         float, _option(_ROUNDING, "Per cent of values in a range of --calibration percentile.", min=50, max=100)
     ] = 99.99,
-    calibration_images: Annotated[int, _option(_ROUNDING, "Images to calibrate on, at most.", min=1)] = 256,
+    calibration_images: Annotated[
+        int | None, _option(_ROUNDING, "Images to calibrate on, at most; 256 by default.", min=1)
+    ] = None,
     profile: Annotated[
         list[str] | None, _option(_PLAN, "Smallest, best and largest batch of a profile: 1,8,64; may be repeated.")
     ] = None,
@@ -187,6 +199,7 @@ def export(
     from export.manifest import checked_name
     from export.publish import MAX_BATCH, Form, Terms
     from export.repository import open_repository
+    from export.variant import CALIBRATION_IMAGES
 
     checked_name(name)
     _one_alone({"a RUN folder": run, "--from NAME": source, "--factory": factory})
@@ -202,7 +215,9 @@ def export(
         "compute-capability": compute_capability, "hardware-compatibility": hardware_compatibility,
         "version-compatible": version_compatible, "timing-cache": timing_cache,
     })  # fmt: skip
-    _needed_for("--precision fp16 or int8", rounds, {"keep-fp32": keep, "bisect": bisect})
+    _needed_for("--precision fp16 or int8", rounds, {
+        "keep-fp32": keep, "bisect": bisect, "calibration-images": calibration_images,
+    })  # fmt: skip
     _needed_for(
         "--precision int8", precision is Precision.INT8, {"target": target, "calibration": method.name != "MINMAX"}
     )
@@ -217,11 +232,13 @@ def export(
         version_compatible=version_compatible, timing_cache=timing_cache,
     )  # fmt: skip
     wanted = _variant(
-        precision, runtime, target=target, method=method.value, percentile=percentile, calibration=calibration_images,
-        keep=tuple(keep or ()), max_batch=max_batch, plan=plan,
+        precision, runtime, target=target, method=method.value, percentile=percentile,
+        calibration=calibration_images or CALIBRATION_IMAGES, keep=tuple(keep or ()), max_batch=max_batch, plan=plan,
     )  # fmt: skip
     alone = source is None and not rounds and not plans
-    with failures():
+    if factory is not None and precision is Precision.INT8 and images is None:
+        raise ValueError("--precision int8: expected --images to calibrate on, got none; a network has none of its own")
+    with failures(as_json=as_json):
         if source is not None:
             version = place.parse(source)
         else:
@@ -233,7 +250,8 @@ def export(
         if not alone:
             if source is None and not as_json:
                 console.print(summary.describe(version), soft_wrap=True, markup=False)
-            version = _made(version, repository=place, name=name, variant=wanted, terms=terms, bisect=bisect)
+            making = Making(version, place, name, wanted, terms)
+            version = _made(making, bisect=bisect, as_json=as_json)
     summary.report(version, as_json=as_json)
 
 
@@ -286,7 +304,7 @@ def import_model(
         "mean": _numbers(mean, "mean"), "std": _numbers(std, "std"), "image_size": _whole(image_size, "image-size"),
         "dynamic_batch": dynamic_batch or None, "probabilities": probabilities,
     }  # fmt: skip
-    with failures():
+    with failures(as_json=as_json):
         version = publish_onnx(
             model,
             repository=open_repository(repository),
@@ -300,16 +318,20 @@ def import_model(
 
 
 @contextmanager
-def failures() -> Iterator[None]:
+def failures(*, as_json: bool = False) -> Iterator[None]:
     """Say why a proof failed and on which images, and exit with 1."""
     from export.parity import ParityFailed
 
     try:
         yield
     except ParityFailed as failed:
-        complain(str(failed))
-        summary.print_worst(failed.result)
+        _say(failed, as_json=as_json)
         raise typer.Exit(FAILED) from None
+
+
+def _say(failed: ParityFailed, *, as_json: bool) -> None:
+    complain(str(failed))
+    summary.print_proof(failed.result, as_json=as_json)
 
 
 def _one_alone(sources: dict[str, Any]) -> None:
@@ -349,38 +371,71 @@ def _first(
     return found or publish.publish_checkpoint(run, repository=repository, name=name, form=form, terms=terms)
 
 
-def _made(
-    source: Version, *, repository: Repository, name: str, variant: Variant, terms: Terms, bisect: bool
-) -> Version:
+def _made(making: Making, *, bisect: bool, as_json: bool) -> Version:
     """Publish a variant, with a plan's build shown; where it fails and that is asked for, find out why."""
     from export.parity import ParityFailed
-    from export.variant import publish_variant
 
     try:
-        if variant.runtime == "onnxruntime":
-            return publish_variant(source, repository=repository, name=name, variant=variant, terms=terms)
-        with progress("building the plan", total=None) as tick:
-            return publish_variant(
-                source, repository=repository, name=name, variant=variant, terms=terms,
-                progress=lambda phase, done, total: tick(done, phase, total=total),
-            )  # fmt: skip
+        version = making.publish(shown=not as_json)
     except ParityFailed as failed:
         if not bisect:
             raise
-        complain(str(failed))
-        _bisect(source, repository=repository, variant=variant, terms=terms)
+        _say(failed, as_json=as_json)
+        making.bisect(as_json=as_json)
         raise typer.Exit(FAILED) from None
+    if bisect and version.manifest.parity.status == "failed":
+        making.bisect(as_json=as_json)
+    return version
 
 
-def _bisect(source: Version, *, repository: Repository, variant: Variant, terms: Terms) -> None:
-    from export.variant import bisect
+@dataclass(frozen=True)
+class Making:
+    """A variant to make: of what, where to, and on which terms."""
 
-    with progress("layers", total=None) as tick:
-        found = bisect(
-            source, repository=repository, variant=variant, terms=terms,
-            progress=lambda done, total, layer: tick(done, layer, total=total),
-        )  # fmt: skip
-    summary.print_layers(found)
+    source: Version
+    repository: Repository
+    name: str
+    variant: Variant
+    terms: Terms
+
+    def publish(self, *, shown: bool) -> Version:
+        """Publish it; the build of a plan takes long enough to be shown."""
+        from export.variant import publish_variant
+
+        arguments = {"repository": self.repository, "name": self.name, "variant": self.variant, "terms": self.terms}
+        if self.variant.runtime == "onnxruntime" or not shown:
+            return publish_variant(self.source, **arguments)  # type: ignore[arg-type]
+        with progress("building the plan", total=None) as tick:
+            return publish_variant(self.source, **arguments, progress=_seldom(tick))  # type: ignore[arg-type]
+
+    def bisect(self, *, as_json: bool) -> None:
+        """Print which layers cost most."""
+        from export.variant import bisect
+
+        arguments = {"repository": self.repository, "variant": self.variant, "terms": self.terms}
+        if as_json:
+            found = bisect(self.source, **arguments)  # type: ignore[arg-type]
+        else:
+            with progress("layers", total=None) as tick:
+                found = bisect(
+                    self.source,
+                    **arguments,  # type: ignore[arg-type]
+                    progress=lambda done, total, layer: tick(done, layer, total=total),
+                )
+        summary.print_layers(found, as_json=as_json)
+
+
+def _seldom(tick: Tick) -> Callable[[str, int, int], None]:
+    """Return what shows a build's progress: every step on a terminal, a line every few seconds in a log."""
+    shown = -math.inf
+
+    def step(phase: str, done: int, total: int) -> None:
+        nonlocal shown
+        if console.is_terminal or time.monotonic() - shown >= _LOG_SECONDS:
+            shown = time.monotonic()
+            tick(done, phase, total=total)
+
+    return step
 
 
 def _variant(precision: Precision | None, runtime: Runtime, *, target: Target | None, **rest: Any) -> Variant:
@@ -433,6 +488,12 @@ def _network(
     assert labels is not None
     names = given(labels)
     shape, mean_, std_ = _whole(input_shape, "input-shape"), _numbers(mean, "mean"), _numbers(std, "std")
+    if shape is None or len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"--input-shape: expected channels, height and width, as in 3,32,32, got {input_shape!r}")
+    if len(names) < 2:
+        raise ValueError(f"--labels: expected at least two classes, got {len(names)}; write a,b,c or name a file")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", factory):
+        raise ValueError(f"--factory: expected package.module:function, got {factory!r}")
     record = {"factory": factory, "input_shape": shape, "class_names": names, "mean": mean_ or (), "std": std_ or ()}
     try:
         return Network.model_validate(record)

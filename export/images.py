@@ -59,8 +59,37 @@ class ImageSet:
         return manifests.Images(description=self.description, n=len(self), sha256=digest, seed=self.seed)
 
 
+@dataclass(frozen=True)
+class Share:
+    """How many images of a folder a proof and a calibration want; each gets images of its own, while there are two.
+
+    Attributes:
+        proof: how many to compare on, at most.
+        calibration: how many to calibrate on, at most; 0 where there is nothing to calibrate.
+    """
+
+    proof: int
+    calibration: int = 0
+
+    def of(self, total: int) -> tuple[slice, slice]:
+        """Return which of `total` shuffled images the proof and the calibration get; few are shared in proportion."""
+        if total >= self.proof + self.calibration:
+            proof = self.proof
+        else:
+            proof = max(1, round(total * self.proof / (self.proof + self.calibration)))
+            if self.calibration and total > 1:
+                proof = min(proof, total - 1)
+        rest = slice(proof, proof + self.calibration) if total > proof else slice(0, total)
+        return slice(0, proof), rest
+
+
 def from_folder(
-    folder: Path, *, count: int, image_shape: tuple[int, int, int], class_names: Sequence[str], after: int = 0
+    folder: Path,
+    *,
+    share: Share,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str],
+    to_calibrate: bool = False,
 ) -> ImageSet:
     """Read images of a folder of class folders, shuffled by a fixed seed.
 
@@ -69,16 +98,20 @@ def from_folder(
 
     Args:
         folder: `folder`/CLASS/*.png|jpg.
-        count: how many at most.
+        share: how many images the two uses want.
         image_shape: (C, H, W) of the engine's input.
         class_names: the engine's, in its order.
-        after: leave out that many first images, which another use has taken, as far as there are enough.
+        to_calibrate: return the images for calibration, and not those of the proof.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
         ValueError: an image cannot be read, or has another size or number of channels than the engine takes.
     """
-    return _chosen(data.from_folder(folder), f"images of {folder.name}", count, image_shape, class_names, after=after)
+    stored, description = data.from_folder(folder), f"images of {folder.resolve().name}"
+    part = share.of(len(stored))[to_calibrate]
+    if to_calibrate and part.start == 0:
+        description += ", the proof's own"
+    return _chosen(stored, description, part, image_shape, class_names)
 
 
 def from_run(run: Path, *, split: str, count: int, class_names: Sequence[str]) -> ImageSet:
@@ -95,7 +128,8 @@ def from_run(run: Path, *, split: str, count: int, class_names: Sequence[str]) -
         stored = datasets.find(source.name, split=split, root=root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; or name a folder of images by --images") from error
-    return _chosen(stored, f"{source.name} {split} images", count, record.input_shape, class_names, size=source.size)
+    description, part = f"{source.name} {split} images", slice(0, count)
+    return _chosen(stored, description, part, record.input_shape, class_names, size=source.size)
 
 
 def noise(*, count: int, image_shape: tuple[int, int, int], seed: int = NOISE_SEED) -> ImageSet:
@@ -119,23 +153,18 @@ def noise(*, count: int, image_shape: tuple[int, int, int], seed: int = NOISE_SE
 def _chosen(
     stored: data.Images,
     description: str,
-    count: int,
+    part: slice,
     image_shape: tuple[int, int, int],
     class_names: Sequence[str],
     *,
     size: int | None = None,
-    after: int = 0,
 ) -> ImageSet:
     # Image folders are sorted by class: without a shuffle the first images would be of one class.
-    order = np.random.default_rng(0).permutation(len(stored))
-    start = max(0, min(after, len(stored) - count))
-    chosen = order[start:][:count]
-    if start < after:
-        description += ", some of the proof among them"
-    part = stored.subset(chosen)
-    if isinstance(part, data.ImageFiles) and size is None:
+    chosen = np.random.default_rng(0).permutation(len(stored))[part]
+    subset = stored.subset(chosen)
+    if isinstance(subset, data.ImageFiles) and size is None:
         size = _side(image_shape)
-    read = part.read(size)
+    read = subset.read(size)
     images = augment.unit_range(torch.from_numpy(read.images)).numpy()
     if image_shape[0] == 1:
         images = _grey(images)
@@ -143,8 +172,11 @@ def _chosen(
         got = " x ".join(map(str, images.shape[1:]))
         expected = " x ".join(map(str, image_shape))
         raise ValueError(f"{description}: expected {expected} (channels, height, width), got {got}; resize them")
-    names = part.paths if isinstance(part, data.ImageFiles) else tuple(str(index) for index in chosen)
-    return ImageSet(images, description, names, _labels(read, class_names))
+    names = subset.paths if isinstance(subset, data.ImageFiles) else tuple(str(index) for index in chosen)
+    strange = sorted(set(read.class_names) - set(class_names))
+    if strange:
+        description += f" (no accuracy: {strange[0]!r} is no class of the model)"
+    return ImageSet(images, description, names, None if strange else _labels(read, class_names))
 
 
 def _grey(images: Float32[np.ndarray, "n 3 height width"]) -> Float32[np.ndarray, "n 1 height width"]:
@@ -160,8 +192,6 @@ def _side(image_shape: tuple[int, int, int]) -> int | None:
     return height if height == width else None
 
 
-def _labels(read: data.LabelledImages, class_names: Sequence[str]) -> Int64[np.ndarray, " n"] | None:
-    if not set(read.class_names) <= set(class_names):
-        return None
+def _labels(read: data.LabelledImages, class_names: Sequence[str]) -> Int64[np.ndarray, " n"]:
     numbers = np.array([list(class_names).index(name) for name in read.class_names], dtype=np.int64)
     return np.asarray(numbers[read.labels])

@@ -11,15 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 FILE_NAME = "manifest.json"
 
 # What a name may look like, so that it is always one plain folder below the repository.
 NAME_PATTERN = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+# Bytes of a manifest.json or model.json: thousands of classes and files take one MiB; what is larger is none of ours.
+LARGEST_RECORD = 8 << 20
+
+# Images an engine takes at once: as float32 of 3 x 224 x 224 so many are 37 GiB, and Triton's limit is 2^31 - 1.
+LARGEST_BATCH = 1 << 16
+
+# Version numbers have 18 digits at most: they fit the 64 bits that Triton and the wire have for them.
+VERSIONS_BELOW = 10**18
 
 # One mebibyte a read keeps memory flat for files of any size.
 _CHUNK_BYTES = 1 << 20
@@ -28,6 +37,17 @@ Runtime = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["cpu", "tensorrt"]
 Method = Literal["minmax", "percentile", "entropy"]
+
+
+def _below(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name or name == ".":
+        raise ValueError(f"expected a path below the version's folder, got {name!r}")
+    return name
+
+
+# The path of a file of a version, whoever wrote the manifest: it never leads out of the version's folder.
+RelativePath = Annotated[str, AfterValidator(_below)]
 
 
 class _Record(BaseModel):
@@ -59,8 +79,8 @@ class Twin(_Record):
         sha256: of the weights' file.
     """
 
-    folder: str
-    file: str
+    folder: RelativePath
+    file: RelativePath
     sha256: str
 
 
@@ -168,8 +188,8 @@ class Build(_Record):
     options: dict[str, JsonValue] = {}
     versions: dict[str, str] = {}
     machine: str = ""
-    onnx: str | None = None
-    log: str | None = None
+    onnx: RelativePath | None = None
+    log: RelativePath | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -206,7 +226,7 @@ class Manifest(_Record):
 
     schema_version: Literal[2] = 2
     model: str
-    version: int
+    version: int = Field(ge=1, lt=VERSIONS_BELOW)
     file: Literal["model.onnx", "model.plan"]
     sha256: str
     runtime: Runtime
@@ -215,7 +235,7 @@ class Manifest(_Record):
     outputs: tuple[TensorSpec, ...]
     output: Literal["logits", "probabilities"] = "logits"
     class_names: tuple[str, ...]
-    max_batch: int = Field(ge=1)
+    max_batch: int = Field(ge=1, le=LARGEST_BATCH)
     source: Source | None = None
     twin: Twin | None = None
     quantization: Quantization | None = None
@@ -224,7 +244,7 @@ class Manifest(_Record):
     build: Build = Build()
     provenance: Provenance | None = None
     parity: Parity
-    files: dict[str, str] = {}
+    files: dict[RelativePath, str] = {}
 
     @field_validator("model")
     @classmethod
@@ -280,7 +300,8 @@ def read(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a manifest here, found none; export the model again")
-    return from_json(path.read_bytes(), source=str(path))
+    with path.open("rb") as file:
+        return from_json(file.read(LARGEST_RECORD + 1), source=str(path))
 
 
 def from_json(contents: bytes, *, source: str) -> Manifest:
@@ -289,6 +310,8 @@ def from_json(contents: bytes, *, source: str) -> Manifest:
     Raises:
         ValueError: it is not a manifest of this schema, or it was changed.
     """
+    if len(contents) > LARGEST_RECORD:
+        raise ValueError(f"{source}: expected at most {LARGEST_RECORD >> 20} MiB, got more; export the model again")
     try:
         record: Any = json.loads(contents)
         checksum = record.pop("checksum", None) if isinstance(record, dict) else None
@@ -297,7 +320,7 @@ def from_json(contents: bytes, *, source: str) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise ValueError(f"{source}: {where}: {first['msg'].lower()}; export the model again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: expected JSON, got something else: {error}; export the model again") from None
     if checksum != _checksum(record):
         raise ValueError(

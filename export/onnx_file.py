@@ -6,6 +6,7 @@ checker, shape inference--> model
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import onnx.inliner
 import onnx.version_converter
 from google.protobuf.message import DecodeError
 
-from export.graph import external_data, onnx_parts
+from export.graph import external_data, limits, onnx_parts
 from export.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from export.manifest import Precision
 
 # Names that every graph of ours has, whatever they were in the file that it came from.
 INPUT = "images"
@@ -71,6 +74,21 @@ _DATATYPES: dict[int, str] = {
     onnx.TensorProto.BOOL: "BOOL",
     onnx.TensorProto.STRING: "BYTES",
 }
+
+# Beginnings of the names of operators that compute with integers or hold their weights as such.
+_INTEGER_OPERATORS = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "QLinear",
+    "QGemm",
+    "QAttention",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantize",
+    "MatMulNBits",
+)
+
+_HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 
@@ -125,6 +143,15 @@ def specs(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorS
     return tuple(map(_spec, _inputs(model))), tuple(map(_spec, model.graph.output))
 
 
+def precision_of(model: onnx.ModelProto) -> Precision:
+    """Return what a graph computes in: "int8" if any of it is quantised, else what most of its float weights are of."""
+    if any(node.op_type.startswith(_INTEGER_OPERATORS) for node in onnx_parts.nodes(model.graph)):
+        return "int8"
+    sizes = [(tensor.data_type, math.prod(tensor.dims)) for _, tensor in onnx_parts.tensors(model)]
+    half = sum(size for element, size in sizes if element in _HALF)
+    return "fp16" if 2 * half > sum(size for element, size in sizes if element in _FLOATS) else "fp32"
+
+
 def write(model: onnx.ModelProto, path: Path) -> None:
     """Write a model: the same bytes for the same model.
 
@@ -177,6 +204,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
         raise ValueError(
             "expected an ONNX file, got one that is truncated or of another kind; copy or export it again"
         ) from error
+    limits.check_nodes(model)
     if any(isinstance(text, bytes) for text in onnx_parts.texts(model)):
         raise ValueError("expected an ONNX file, got one with a name that is not UTF-8; copy or export it again")
     if not model.graph.node or not model.graph.output:
@@ -204,6 +232,7 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:
         raise ValueError(f"not a valid ONNX model: {onnx_parts.reason(error)}; export it again") from error
+    limits.check_tensors(inferred.graph)
     for value, better in zip(model.graph.output, inferred.graph.output, strict=True):
         value.CopyFrom(better)
     return model

@@ -43,7 +43,8 @@ class Limits:
     Attributes:
         disagreement: largest share of images whose top-1 class may differ.
         logit_difference: largest absolute difference of any logit, as a share of the largest absolute logit of the
-            reference, or of 1 where that is smaller; None where rounding is the point.
+            reference, or of 1 where that is smaller; of probabilities, as a share of the largest one; None where
+            rounding is the point.
     """
 
     disagreement: float
@@ -83,6 +84,7 @@ def compare(
     images: ImageSet,
     limits: Limits,
     class_names: Sequence[str],
+    output: str = "logits",
     machine: str = "",
 ) -> Parity:
     """Compare an engine's answers with its source's on the same images.
@@ -94,6 +96,7 @@ def compare(
         images: what both were asked, N of them.
         limits: what is allowed.
         class_names: of the classes, in their order.
+        output: "logits" or "probabilities": what both answer with.
         machine: where the engine ran, for the reader.
 
     Raises:
@@ -106,9 +109,9 @@ def compare(
         )
     difference = np.abs(answers - expected).max(axis=1)
     agree = answers.argmax(axis=1) == expected.argmax(axis=1)
-    faults = _faults(answers, expected, limits=limits)
+    found = faults(answers, expected, limits=limits, output=output)
     return Parity(
-        status="failed" if faults else "passed",
+        status="failed" if found else "passed",
         reference=reference,
         images=images.record,
         agreement=float(agree.mean()),
@@ -120,7 +123,7 @@ def compare(
         limits=limits.as_record(),
         worst=_worst(answers, expected, difference, images=images, class_names=class_names),
         machine=machine,
-        explanation="; ".join(faults),
+        explanation="; ".join(found) or _reach(len(images), limits),
     )
 
 
@@ -140,19 +143,29 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def _faults(answers: Logits, expected: Logits, *, limits: Limits) -> list[str]:
+def faults(answers: Logits, expected: Logits, *, limits: Limits, output: str = "logits") -> list[str]:
+    """Return what is wrong with answers (N, classes), compared with those expected; empty if nothing is."""
     if not np.isfinite(answers).all():
         return ["some logits are not finite"]
-    faults = []
+    found = []
     share = float(np.mean(answers.argmax(axis=1) != expected.argmax(axis=1)))
     if share > limits.disagreement:
-        faults.append(f"top-1 differs on {share:.2%} of the images, allowed are {limits.disagreement:.2%}")
+        found.append(f"top-1 differs on {share:.2%} of the images, allowed are {limits.disagreement:.2%}")
     largest = float(np.abs(answers - expected).max())
     if limits.logit_difference is not None:
-        allowed = limits.logit_difference * max(1.0, float(np.abs(expected).max()))
+        # Logits may all be as small as the noise of their sums; probabilities are at least one over the classes.
+        floor = 0.0 if output == "probabilities" else 1.0
+        allowed = limits.logit_difference * max(floor, float(np.abs(expected).max()))
         if not largest <= allowed:
-            faults.append(f"logits differ by up to {largest:.2g}, allowed are {allowed:.2g}")
-    return faults
+            found.append(f"{output} differ by up to {largest:.2g}, allowed are {allowed:.2g}")
+    return found
+
+
+def _reach(n: int, limits: Limits) -> str:
+    """Say that there were too few images to see what the limits are about, if so."""
+    if not 0 < n * limits.disagreement < 1:
+        return ""
+    return f"one of {n} images is already more than the {limits.disagreement:.2%} allowed: too few to see less"
 
 
 def _accuracy(answers: Logits, labels: Int64[np.ndarray, " n"] | None) -> float | None:

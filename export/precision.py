@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from export.graph import preparation
+from export.graph import onnx_parts, preparation
 from export.rounding import fp16, int8
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def fp16_from_onnx(
 ) -> tuple[str, ...]:
     """Write the fp16 version of an ONNX file; what it takes and answers keeps its types.
 
-    Images are normalised in fp32. Nodes whose weights are beyond what fp16 holds stay in fp32, and so do those whose
-    activations are, where images are given.
+    Images are normalised in fp32. Nodes whose weights are beyond what fp16 holds stay in fp32, and where images are
+    given, so do those whose activations reach a quarter of it.
 
     Args:
         source: the fp32 file.
@@ -87,6 +87,12 @@ def _written(
             "the first convolution and the last product; keep fewer, or stay with fp32"
         )
     model = made.graph(kept=names)
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(
+            f"{source}: what was made of it is not a valid graph: {onnx_parts.reason(error)}; keep the node in fp32, "
+            "or start from a fp32 file"
+        ) from error
     path.write_bytes(model.SerializeToString(deterministic=True))
     return made.kept(names)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from export.images import ImageSet
+    from export.manifest import Precision
     from export.mapping import Mapping
     from export.repository import Draft, Repository, Version
 
@@ -85,6 +86,13 @@ class Terms:
     def limits(self, precision: str) -> parity.Limits:
         """Return what a precision is allowed."""
         return parity.LIMITS[precision].allowing(self.max_disagreement)
+
+    def flags(self) -> list[str]:
+        """Return the flags of a command with these terms, defaults left out; a folder by its name alone."""
+        flags = [] if self.images is None else ["--images", self.images.resolve().name]
+        flags += [] if self.count == PARITY_IMAGES else ["--parity-images", str(self.count)]
+        flags += [] if self.max_disagreement is None else ["--max-disagreement", str(self.max_disagreement)]
+        return [*flags, *(["--block"] if self.block else [])]
 
 
 def publish_checkpoint(
@@ -199,18 +207,22 @@ def publish_onnx(
     )
     adapted = foreign.adapted(model, mapping, class_names=names, input=form.input)
     form = Form(form.input, adapted.output, form.max_batch)
+    from_file = labels is None and not mapping.labels
     with repository.draft(name) as draft:
         onnx_file.write(adapted.model, draft.folder / "model.onnx")
         original = draft.folder / reference.ORIGINAL
         onnx_file.write(classifier.pruned(model, mapping), original)
         (draft.folder / reference.MAPPING).write_text(mapping.model_dump_json(indent=2) + "\n")
         provenance = Provenance(kind="onnx", file=path.name, sha256=manifests.sha256_of(path))
-        manifest = _original(draft, form, class_names=names, provenance=provenance, twin=None)
-        build = _build([path.name], name, form, terms, ("onnx",), verb="import", notes=adapted.notes)
+        rounded = onnx_file.precision_of(model)
+        manifest = _original(draft, form, class_names=names, provenance=provenance, twin=None, precision=rounded)
+        command = [path.name, *([] if from_file else label_flags(names)), *mapping_flags(mapping)]
+        build = _build(command, name, form, terms, ("onnx",), verb="import", notes=adapted.notes)
         manifest = manifest.model_copy(update={"build": build})
         proof = proof_images(terms, run=None, image_shape=manifest.image_shape, class_names=names)
         against = reference.of_original(original, mapping, name=path.name, class_names=names)
-        prove(draft, manifest, against, proof, terms=terms)
+        # The file as it came is as coarse as what was made of it: the two may differ by the order of sums alone.
+        prove(draft, manifest, against, proof, terms=terms, precision="fp32")
     return published(repository, draft)
 
 
@@ -233,9 +245,9 @@ def verify(
     terms = terms or Terms(images=images)
     manifest = manifests.verify_all(version.folder)
     against = reference.of_version(version, repository=repository)
-    proof = proof_images(
-        terms, run=run_of(version, repository), image_shape=manifest.image_shape, class_names=manifest.class_names
-    )
+    run = run_of(version, repository)
+    _refuse_weaker(version, terms, run)
+    proof = proof_images(terms, run=run, image_shape=manifest.image_shape, class_names=manifest.class_names)
     result = _measured(version.folder, against, proof, limits=_limits(manifest, terms))
     repository.record_proof(version, result)
     if result.status == "failed":
@@ -244,16 +256,26 @@ def verify(
 
 
 def exported(run: Path, *, repository: Repository, form: Form) -> Version | None:
-    """Return the newest engine of a repository that was exported from a run's weights in this form, if there is one."""
+    """Return a servable engine of a repository that was exported from a run's weights in this form, if there is one."""
     sha256 = checkpoint.record(run).sha256
-    found = [repository.find(name, number) for name in repository.models() for number in repository.versions(name)]
-    for version in reversed(found):
-        manifest = version.manifest
-        made_of = None if manifest.source is not None or manifest.provenance is None else manifest.provenance.sha256
-        kind = "uint8" if manifest.channels_last else "float32"
-        if (made_of, kind, manifest.output) == (sha256, form.input, form.output) and manifest.servable:
-            return version
-    return None
+    fitting = (one for one in repository.readable() if one.manifest.servable and _is_export(one.manifest, sha256, form))
+    return next(fitting, None)
+
+
+def _is_export(manifest: Manifest, sha256: str, form: Form) -> bool:
+    kind = "uint8" if manifest.channels_last else "float32"
+    made_of = None if manifest.source is not None or manifest.provenance is None else manifest.provenance.sha256
+    return (made_of, kind, manifest.output) == (sha256, form.input, form.output)
+
+
+def _refuse_weaker(version: Version, terms: Terms, run: Path | None) -> None:
+    """Refuse to replace a proof on images by one on noise."""
+    proved = version.manifest.parity.images
+    if proved is not None and proved.seed is None and terms.images is None and run is None:
+        raise ValueError(
+            f"{version}: its proof was on {proved.n} {proved.description}, and there are none here; name a folder by "
+            "--images, or check its files alone by --files-only"
+        )
 
 
 def run_of(version: Version, repository: Repository) -> Path | None:
@@ -263,27 +285,39 @@ def run_of(version: Version, repository: Repository) -> Path | None:
 
 
 def proof_images(
-    terms: Terms, *, run: Path | None, image_shape: tuple[int, int, int], class_names: Sequence[str]
+    terms: Terms,
+    *,
+    run: Path | None,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str],
+    calibration: int = 0,
 ) -> ImageSet:
-    """Return the images to compare on: the user's, the run's test images, or noise where there is neither."""
+    """Return the images to compare on: the user's, the run's test images, or noise where there is neither.
+
+    Of the user's images, `calibration` are left for that, or of few images a part.
+    """
     if terms.images is not None:
-        return images.from_folder(terms.images, count=terms.count, image_shape=image_shape, class_names=class_names)
+        share = images.Share(terms.count, calibration)
+        return images.from_folder(terms.images, share=share, image_shape=image_shape, class_names=class_names)
     if run is not None:
         return images.from_run(run, split="test", count=terms.count, class_names=class_names)
     return images.noise(count=terms.count, image_shape=image_shape)
 
 
-def prove(draft: Draft, manifest: Manifest, against: Reference, proof: ImageSet, *, terms: Terms) -> None:
+def prove(
+    draft: Draft, manifest: Manifest, against: Reference, proof: ImageSet, *, terms: Terms, precision: str | None = None
+) -> None:
     """Describe the draft, run the engine it has become, and refuse or block it if its answers are not its source's.
 
-    An engine that cannot run here is described as not proved yet.
+    An engine that cannot run here is described as not proved yet. What is allowed is what the engine's precision may
+    cost, or what `precision` may.
 
     Raises:
         ParityFailed: the answers differ, and the terms do not say to publish it as blocked.
     """
     draft.describe(manifest)
     try:
-        result = _measured(draft.folder, against, proof, limits=terms.limits(manifest.precision))
+        result = _measured(draft.folder, against, proof, limits=terms.limits(precision or manifest.precision))
     except CannotRunHere as error:
         explanation = "; ".join(filter(None, (str(error), manifest.parity.explanation)))
         result = not_run(against.name, explanation)
@@ -327,8 +361,7 @@ def command_of(arguments: Sequence[str], name: str, form: Form | None, terms: Te
         flags += [] if form.input == "float32" else ["--input", form.input]
         flags += [] if form.output == "logits" or verb == "import" else ["--output", form.output]
         flags += [] if form.max_batch == MAX_BATCH else ["--max-batch", str(form.max_batch)]
-    flags += [] if terms.images is None else ["--images", terms.images.name]
-    return shlex.join(["tenet", verb, *arguments, *flags])
+    return shlex.join(["tenet", verb, *arguments, *flags, *terms.flags()])
 
 
 _EXPORTER = ("torch", "onnx", "onnxscript")
@@ -353,8 +386,26 @@ def _build(
     )
 
 
+def label_flags(names: tuple[str, ...]) -> list[str]:
+    """Return the flag that gives class names: themselves, or the file of the model's folder if they have commas."""
+    return ["--labels", "labels.txt" if any("," in name for name in names) else ",".join(names)]
+
+
+def mapping_flags(mapping: Mapping) -> list[str]:
+    """Return the flags of `tenet import` that say what a mapping says, its labels left out."""
+    names = {"input": "input-name", "output": "output-name"}
+    flags = []
+    for key, value in mapping.model_dump(exclude_defaults=True, exclude={"labels"}).items():
+        flag = names.get(key, key.replace("_", "-"))
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return flags
+
+
 def _network_flags(network: twin.Network) -> list[str]:
-    flags = ["--input-shape", ",".join(map(str, network.input_shape)), "--labels", ",".join(network.class_names)]
+    flags = ["--input-shape", ",".join(map(str, network.input_shape)), *label_flags(network.class_names)]
     for flag, values in (("--mean", network.mean), ("--std", network.std)):
         flags += [flag, ",".join(map(str, values))] if values else []
     return flags
@@ -366,9 +417,15 @@ def _twin(draft: Draft) -> Twin:
 
 
 def _original(
-    draft: Draft, form: Form, *, class_names: tuple[str, ...], provenance: Provenance, twin: Twin | None
+    draft: Draft,
+    form: Form,
+    *,
+    class_names: tuple[str, ...],
+    provenance: Provenance,
+    twin: Twin | None,
+    precision: Precision = "fp32",
 ) -> Manifest:
-    """Describe an ONNX fp32 engine that was made from no other."""
+    """Describe an ONNX engine that was made from no other."""
     path = draft.folder / "model.onnx"
     inputs, outputs = onnx_graph.specs(path)
     return Manifest(
@@ -377,7 +434,7 @@ def _original(
         file="model.onnx",
         sha256=manifests.sha256_of(path),
         runtime="onnxruntime",
-        precision="fp32",
+        precision=precision,
         inputs=inputs,
         outputs=outputs,
         output=form.output,
@@ -395,7 +452,8 @@ def _limits(manifest: Manifest, terms: Terms) -> parity.Limits:
     allowed = terms.max_disagreement
     if allowed is None:
         allowed = manifest.parity.limits.get("disagreement")
-    return parity.LIMITS[manifest.precision].allowing(allowed)
+    precision = "fp32" if manifest.source is None else manifest.precision
+    return parity.LIMITS[precision].allowing(allowed)
 
 
 def _measured(folder: Path, against: Reference, proof: ImageSet, *, limits: parity.Limits) -> Parity:
@@ -408,6 +466,7 @@ def _measured(folder: Path, against: Reference, proof: ImageSet, *, limits: pari
             images=proof,
             limits=limits,
             class_names=engine.manifest.class_names,
+            output=engine.manifest.output,
             machine=_machine(engine.manifest),
         )
 

@@ -15,6 +15,7 @@ import torch
 
 from export import foreign, onnx_file, twin
 from export.engines import open_engine, ort
+from export.engines.failures import one_line
 from export.mapping import Mapping, feed
 from export.parity import batched
 
@@ -67,6 +68,9 @@ def of_module(module: nn.Module, *, name: str, output: str) -> Reference:
     def answer(batch: Images) -> Logits:
         with torch.inference_mode():
             logits = module(torch.from_numpy(batch))
+            if not isinstance(logits, torch.Tensor):
+                kind = type(logits).__name__
+                raise ValueError(f"the network: expected logits (N, classes), got {kind}; return its scores alone")
             return np.asarray((logits.softmax(dim=1) if output == "probabilities" else logits).numpy())
 
     return Reference(name, lambda images: batched(answer, images, batch=_BATCH))
@@ -83,7 +87,8 @@ def of_original(path: Path, mapping: Mapping, *, name: str, class_names: tuple[s
         def answer(batch: Images) -> Logits:
             # A graph of a fixed batch takes no less: the last one is filled up, and what that gives left out.
             full = np.resize(batch, (fixed, *batch.shape[1:])) if fixed else batch
-            (given,) = session.run([adapted.native_output], {native.name: feed(full, mapping, native)})
+            with one_line(path.name):
+                (given,) = session.run([adapted.native_output], {native.name: feed(full, mapping, native)})
             return np.asarray(given, dtype=np.float32).reshape(len(full), -1)[: len(batch)]
 
         return batched(answer, images, batch=fixed or _BATCH)
@@ -103,8 +108,8 @@ def of_version(version: Version, *, repository: Repository) -> Reference:
         return of_engine(repository.find(manifest.source.model, manifest.source.version))
     if (version.folder / ORIGINAL).is_file():
         mapping = Mapping.model_validate_json((version.folder / MAPPING).read_bytes())
-        original = version.folder / ORIGINAL
-        return of_original(original, mapping, name="the imported file", class_names=manifest.class_names)
+        name = "the imported file" if manifest.provenance is None else manifest.provenance.file
+        return of_original(version.folder / ORIGINAL, mapping, name=name, class_names=manifest.class_names)
     module = twin.load(version, repository=repository)
     if module is None:
         raise ValueError(f"{version}: expected a source or a checkpoint to compare with, found none; export it again")

@@ -156,7 +156,8 @@ class _Search:
     def whole(self, names: tuple[str, ...]) -> _Whole:
         """Measure the graph that keeps these nodes in fp32 beside those kept anyway, once."""
         if names not in self._measured:
-            given = answers(self._maker.on_cpu(kept=(*self.kept, *names)), self._inputs)
+            graph = self._maker.on_cpu(kept=(*self.kept, *names))
+            given = answers(graph, self._inputs, optimise=self._maker.optimise)
             self._measured[names] = _Whole(self._acceptable(given, self._expected), disagreement(given, self._expected))
             self._step(f"{len(names)} layers in fp32")
         return self._measured[names]
@@ -171,7 +172,8 @@ class _Search:
 
     def _alone(self, node: onnx.NodeProto) -> Layer:
         expected = self._expected[:RANKING_IMAGES]
-        given = answers(self._maker.on_cpu(only=(node.name,)), self._inputs[:RANKING_IMAGES])
+        graph = self._maker.on_cpu(only=(node.name,))
+        given = answers(graph, self._inputs[:RANKING_IMAGES], optimise=self._maker.optimise)
         difference = float(np.abs(given.astype(np.float64) - expected).mean())
         return Layer(
             node.name,
@@ -205,9 +207,9 @@ def fp16_answers(source: Path, *, inputs: Inputs, calibration_inputs: Inputs, ke
     return answers(converter.on_cpu(kept=converter.prepared.resolved(keep)), inputs)
 
 
-def answers(model: onnx.ModelProto, inputs: Inputs) -> Logits:
-    """Run a graph over images (N, ...) and return its answers (N, classes)."""
-    session = calibration.open_session(model, optimise=True)
+def answers(model: onnx.ModelProto, inputs: Inputs, *, optimise: bool = True) -> Logits:
+    """Run a graph over images (N, ...), fused by ONNX Runtime or as it stands, and return its answers (N, classes)."""
+    session = calibration.open_session(model, optimise=optimise)
     (name,) = (value.name for value in session.get_inputs())
     output = model.graph.output[0].name
     return np.concatenate([session.run([output], {name: batch})[0] for batch in calibration.batches(inputs)])

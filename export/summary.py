@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -35,7 +37,8 @@ def describe(version: Version) -> str:
     line = f"{version}: {manifest.precision} on {manifest.runtime}, parity with {proof.reference} {status}"
     if proof.images is None:
         return f"{line} ({proof.explanation})"
-    return f"{line} on {proof.images.n} {proof.images.description}: {numbers(proof, manifest.output)}"
+    said = f"; {proof.explanation}" if proof.explanation else ""
+    return f"{line} on {proof.images.n} {proof.images.description}: {numbers(proof, manifest.output)}{said}"
 
 
 def numbers(proof: Parity, output: str) -> str:
@@ -51,8 +54,11 @@ def numbers(proof: Parity, output: str) -> str:
     return ", ".join(parts)
 
 
-def print_worst(proof: Parity) -> None:
-    """Print the images that an engine and its source differ on most."""
+def print_proof(proof: Parity, *, as_json: bool) -> None:
+    """Print the images that an engine and its source differ on most, or all of a proof as JSON."""
+    if as_json:
+        typer.echo(proof.model_dump_json(indent=2))
+        return
     rows = [
         [item.image, item.answer, item.expected, item.label or "", f"{item.logit_difference:.3g}"]
         for item in proof.worst
@@ -60,8 +66,11 @@ def print_worst(proof: Parity) -> None:
     print_table(["image", "engine", "source", "label", "difference"], rows)
 
 
-def print_layers(found: Report) -> None:
+def print_layers(found: Report, *, as_json: bool) -> None:
     """Print what each layer costs alone, and the list to keep in fp32 that is proposed."""
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
     rows = [
         [layer.node, layer.operator, f"{layer.disagreement:.2%}", f"{layer.mean_abs_difference:.3g}"]
         for layer in found.layers[:_LAYERS]
@@ -69,6 +78,9 @@ def print_layers(found: Report) -> None:
     print_table(["layer, alone in the low precision", "operator", "disagreement", "mean difference"], rows)
     if found.proposal is None:
         console.print("no list of layers kept in fp32 brings it within the limit")
+        return
+    if not found.proposal:
+        console.print("it is within the limit as it is")
         return
     flags = " ".join(f"--keep-fp32 {shlex.quote(node)}" for node in found.proposal)
     line = (

@@ -91,7 +91,7 @@ def config_of(model: str, manifests: Sequence[Manifest]) -> str:
         f"max_batch_size: {described.max_batch}\n",
         _tensors("input", described.inputs),
         _tensors("output", described.outputs, extra=_label_line() if _has_labels(described) else ""),
-        f"instance_group [\n  {{ kind: {_instances(described)} }}\n]\n",
+        f"instance_group [\n  {{ {_instances(described)} }}\n]\n",
         f"dynamic_batching {{\n  preferred_batch_size: {_preferred(described.max_batch)}\n"
         f"  max_queue_delay_microseconds: {_QUEUE_DELAY_US}\n}}\n",
         _versions(alike if loadable else []),
@@ -123,11 +123,18 @@ def _has_labels(manifest: Manifest) -> bool:
 
 
 def _instances(manifest: Manifest) -> str:
+    """Return what an instance is: where it runs, and which optimisation profiles of a plan it may use.
+
+    Without their names Triton takes the first profile alone, which may be that of single images. Of those that are
+    named it takes the one that fits a batch best.
+    """
     if manifest.file == "model.plan":
-        return "KIND_GPU"
+        profiles = manifest.build.options.get("profiles")
+        named = [f'"{index}"' for index in range(len(profiles))] if isinstance(profiles, list) else []
+        return "kind: KIND_GPU" + (f" profile: [{', '.join(named)}]" if named else "")
     if manifest.quantization is not None and manifest.quantization.target == "cpu":
-        return "KIND_CPU"
-    return "KIND_AUTO"
+        return "kind: KIND_CPU"
+    return "kind: KIND_AUTO"
 
 
 def _preferred(max_batch: int) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
+from export.labels import check
 from training import checkpoint, models
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Network(BaseModel):
     class_names: tuple[str, ...] = Field(min_length=2)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+    @field_validator("class_names")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return check(names, count=len(names))
 
     @field_validator("std")
     @classmethod
@@ -129,7 +135,7 @@ def first_fault(error: ValidationError) -> str:
 
 def _with_weights(network: Network, weights: Path) -> models.Normalised:
     channels = network.input_shape[0]
-    mean, std = network.mean or (0.0,) * channels, network.std or (1.0,) * channels
+    mean, std = _each(network.mean, channels, 0.0), _each(network.std, channels, 1.0)
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
             f"mean and std: expected {channels} numbers each, one a channel, got {len(mean)} and {len(std)}; "
@@ -141,8 +147,16 @@ def _with_weights(network: Network, weights: Path) -> models.Normalised:
     return models.Normalised(models.Normalise(mean=mean, std=std), inner).eval()
 
 
+def _each(values: tuple[float, ...], channels: int, default: float) -> tuple[float, ...]:
+    """Return a number a channel: those given, or one for all."""
+    return (values or (default,)) * channels if len(values) <= 1 else values
+
+
 def _made(factory: str, *, classes: int) -> nn.Module:
-    function = models.imported(factory)
+    try:
+        function = models.imported(factory)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.factory", "--factory", 1)) from error
     keywords = {"num_classes": classes} if _takes(function, num_classes=classes) else {}
     if not keywords and not _takes(function):
         raise ValueError(
@@ -174,7 +188,12 @@ def _state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected a plain state_dict, got another pickled object, which is not read for safety's sake; "
+            "save model.state_dict()"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a plain state_dict, as safetensors or as torch.load(weights_only=True) reads it, got "
             f"{models.first_line(error)}; save model.state_dict()"

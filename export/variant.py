@@ -15,6 +15,7 @@ from export import images, parity, precision, publish, reference, sensitivity, t
 from export import manifest as manifests
 from export.engines import ort
 from export.engines.base import as_input
+from export.engines.failures import one_line
 from export.manifest import Build, Manifest, Parity, Quantization, Source
 
 if TYPE_CHECKING:
@@ -100,11 +101,14 @@ def publish_variant(
         making = _Making(source=source, manifest=manifest, variant=variant, terms=terms, run=run, draft=draft)
         described = making.graph()
         checked = making.check_rounding(described)
+        if checked is not None:
+            described = _noting(described, checked.note)
         if variant.runtime != "onnxruntime":
-            described = making.plan(described, checked, progress)
-        elif checked:
-            described = _noting(described, checked)
-        publish.prove(draft, described, making.against, making.proof, terms=terms)
+            described = making.plan(described, progress)
+        if checked is not None and checked.result.status == "failed":
+            draft.describe(described.model_copy(update={"parity": checked.result}))
+        else:
+            publish.prove(draft, described, making.against, making.proof, terms=terms)
     return publish.published(repository, draft)
 
 
@@ -128,12 +132,13 @@ def bisect(
         raise ValueError(f"--bisect: expected fp16 or int8 made from fp32, got {kind}; there is nothing to round")
     run = publish.run_of(source, repository)
     shape, names = manifest.image_shape, manifest.class_names
-    proof = publish.proof_images(terms, run=run, image_shape=shape, class_names=names)
-    chosen = _calibration_images(manifest, variant, terms, run) if kind == "int8" else proof
+    proof = publish.proof_images(terms, run=run, image_shape=shape, class_names=names, calibration=variant.calibration)
+    choose = _calibration_images if kind == "int8" else _range_images
+    chosen = choose(manifest, variant, terms, run)
     limits = terms.limits(kind)
 
     def acceptable(answers: Logits, expected: Logits) -> bool:
-        return float((answers.argmax(axis=1) != expected.argmax(axis=1)).mean()) <= limits.disagreement
+        return not parity.faults(answers, expected, limits=limits, output=manifest.output)
 
     return sensitivity.bisect(
         source.folder / manifest.file,
@@ -147,6 +152,25 @@ def bisect(
         acceptable=acceptable,
         progress=progress,
     )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A comparison of something other than the engine as it runs here."""
+
+    what: str
+    result: Parity
+
+    @property
+    def note(self) -> str:
+        """The comparison in a line, for the manifest."""
+        assert self.result.images is not None
+        assert self.result.agreement is not None
+        verdict = f" ({self.result.explanation})" if self.result.status == "failed" else ""
+        return (
+            f"{self.what}: agrees with {self.result.reference} on {self.result.agreement:.2%} of "
+            f"{self.result.images.n} {self.result.images.description}{verdict}"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +188,10 @@ class _Making:
     def proof(self) -> ImageSet:
         """The images to compare on."""
         shape, names = self.manifest.image_shape, self.manifest.class_names
-        return publish.proof_images(self.terms, run=self.run, image_shape=shape, class_names=names)
+        calibration = 0 if self.variant.precision == self.manifest.precision else self.variant.calibration
+        return publish.proof_images(
+            self.terms, run=self.run, image_shape=shape, class_names=names, calibration=calibration
+        )
 
     @cached_property
     def against(self) -> Reference:
@@ -185,7 +212,7 @@ class _Making:
         if variant.precision == self.manifest.precision:
             shutil.copyfile(original, self.onnx)
         elif variant.precision == "fp16":
-            kept = tuple(precision.fp16_from_onnx(original, self.onnx, keep=variant.keep, inputs=self._seen()))
+            kept = tuple(precision.fp16_from_onnx(original, self.onnx, keep=variant.keep, inputs=self._seen))
         else:
             kept, quantization = self._int8(original)
         return self.manifest.model_copy(
@@ -208,7 +235,7 @@ class _Making:
             }
         )
 
-    def plan(self, graph: Manifest, checked: str, progress: Callable[[str, int, int], None] | None) -> Manifest:
+    def plan(self, graph: Manifest, progress: Callable[[str, int, int], None] | None) -> Manifest:
         """Build the plan of a graph whose rounding was checked, and describe it."""
         path, variant = self.draft.folder / "model.plan", self.variant
         built = tensorrt_plan.plan_from_onnx(
@@ -226,7 +253,7 @@ class _Making:
                 "sha256": manifests.sha256_of(path),
                 "runtime": variant.runtime,
                 "requires": built.requires,
-                "parity": publish.not_run(str(self.source), checked),
+                "parity": publish.not_run(str(self.source), "; ".join(graph.build.notes)),
                 "build": graph.build.model_copy(
                     update={
                         "options": built.options,
@@ -238,9 +265,10 @@ class _Making:
             }
         )
 
+    @cached_property
     def _seen(self) -> Inputs:
-        """Return images as the graph takes them: what they make of its activations must be in the range of fp16."""
-        return as_input(self.manifest, self.proof.images[:CALIBRATION_IMAGES])
+        """Images as the graph takes them: what they make of its activations must be in the range of fp16."""
+        return as_input(self.manifest, _range_images(self.manifest, self.variant, self.terms, self.run).images)
 
     def _int8(self, original: Path) -> tuple[tuple[str, ...], Quantization]:
         variant = self.variant
@@ -259,19 +287,22 @@ class _Making:
             target=variant.layout, method=variant.method, percentile=percentile, images=calibration.record
         )
 
-    def check_rounding(self, graph: Manifest) -> str:
+    def check_rounding(self, graph: Manifest) -> _Checked | None:
         """Compare what the engine's own proof would not show: a plan's graph, and fp16 as a GPU computes it.
 
         A plan may not run here. ONNX Runtime's CPU provider computes fp16 in fp32, which hides rounding and overflow.
+
+        Returns:
+            The comparison, which may have failed where the terms say to block; None where there is nothing to compare.
         """
         if graph.precision == self.manifest.precision:
-            return ""
+            return None
         if graph.precision == "fp16":
-            what, answers = "with activations in fp16, as on a GPU, it", self._fp16_answers()
+            what, answers = "with activations in fp16, as on a GPU", self._fp16_answers()
         elif self.variant.runtime != "onnxruntime":
             what, answers = "the ONNX that it was built from", self._graph_answers(graph)
         else:
-            return ""
+            return None
         result = parity.compare(
             answers,
             self.against.answers(self.proof.images),
@@ -279,24 +310,28 @@ class _Making:
             images=self.proof,
             limits=self.terms.limits(graph.precision),
             class_names=graph.class_names,
+            output=graph.output,
+            machine=f"{parity.this_machine()}, {what}",
         )
-        publish.judge(result, f"{graph.model} ({what.removesuffix(', it')})", terms=self.terms)
-        return f"{what} {_agreement(result)}"
+        publish.judge(result, f"{graph.model} ({what})", terms=self.terms)
+        return _Checked(what, result)
 
     def _fp16_answers(self) -> Logits:
         return sensitivity.fp16_answers(
             self.source.folder / self.manifest.file,
             inputs=as_input(self.manifest, self.proof.images),
-            calibration_inputs=self._seen(),
+            calibration_inputs=self._seen,
             keep=self.variant.keep,
         )
 
     def _graph_answers(self, graph: Manifest) -> Logits:
-        session = ort.open_session(self.onnx)
+        # As it stands: ONNX Runtime's optimisations would add roundings of their own.
+        session = ort.open_session(self.onnx, optimise=False)
         feed, answer = graph.inputs[0].name, graph.outputs[0].name
 
         def run(batch: Images) -> Logits:
-            (given,) = session.run([answer], {feed: as_input(graph, batch)})
+            with one_line(graph.model):
+                (given,) = session.run([answer], {feed: as_input(graph, batch)})
             return given  # type: ignore[no-any-return]
 
         return parity.batched(run, self.proof.images, batch=graph.max_batch)
@@ -316,6 +351,7 @@ class _Making:
         flags += [] if variant.method == "minmax" else ["--calibration", variant.method]
         flags += ["--percentile", str(variant.percentile)] if variant.method == "percentile" else []
         flags += [] if variant.max_batch is None else ["--max-batch", str(variant.max_batch)]
+        flags += [] if variant.calibration == CALIBRATION_IMAGES else ["--calibration-images", str(variant.calibration)]
         for node in variant.keep:
             flags += ["--keep-fp32", node]
         return [*flags, *variant.plan.flags()]
@@ -325,10 +361,17 @@ def _refuse_impossible(source: Version, manifest: Manifest, variant: Variant, na
     if manifest.file != "model.onnx":
         made_from = "its source" if manifest.source is None else f"{manifest.source.model}@{manifest.source.version}"
         raise ValueError(f"{source}: variants are made from an ONNX model, this one is a plan; name {made_from}")
+    if not manifest.servable:
+        raise ValueError(
+            f"{source}: its own proof is {manifest.parity.status!r}, so that nothing is made of it; complete it by "
+            f"`tenet models verify {source}`"
+        )
+    if variant.target == "cpu" and variant.runtime != "onnxruntime":
+        raise ValueError(f"{variant.runtime}: takes int8 of target tensorrt, got target cpu; leave --target out")
     if manifest.precision not in {"fp32", variant.precision}:
         raise ValueError(
             f"{source}: expected an ONNX fp32 model to make {variant.precision} of, this one is {manifest.precision}; "
-            "name what it was made from"
+            f"{'name what it was made from' if manifest.source else 'import a file of fp32'}"
         )
     if (variant.precision, variant.runtime) == (manifest.precision, "onnxruntime"):
         raise ValueError(
@@ -354,9 +397,8 @@ def _calibration_images(manifest: Manifest, variant: Variant, terms: Terms, run:
     """
     shape, names = manifest.image_shape, manifest.class_names
     if terms.images is not None:
-        return images.from_folder(
-            terms.images, count=variant.calibration, image_shape=shape, class_names=names, after=terms.count
-        )
+        share = images.Share(terms.count, variant.calibration)
+        return images.from_folder(terms.images, share=share, image_shape=shape, class_names=names, to_calibrate=True)
     if run is None:
         raise ValueError(
             "int8 needs images for calibration: expected a folder of class folders by --images, got none, and this "
@@ -365,12 +407,13 @@ def _calibration_images(manifest: Manifest, variant: Variant, terms: Terms, run:
     return images.from_run(run, split="train", count=variant.calibration, class_names=names)
 
 
+def _range_images(manifest: Manifest, variant: Variant, terms: Terms, run: Path | None) -> ImageSet:
+    """Return images to see how far activations go: those for calibration, or noise other than that of a proof."""
+    if terms.images is None and run is None:
+        return images.noise(count=variant.calibration, image_shape=manifest.image_shape, seed=images.NOISE_SEED + 1)
+    return _calibration_images(manifest, variant, terms, run)
+
+
 def _noting(manifest: Manifest, note: str) -> Manifest:
     notes = (*manifest.build.notes, note)
     return manifest.model_copy(update={"build": manifest.build.model_copy(update={"notes": notes})})
-
-
-def _agreement(result: Parity) -> str:
-    assert result.images is not None
-    assert result.agreement is not None
-    return f"agrees with {result.reference} on {result.agreement:.2%} of {result.images.n} {result.images.description}"

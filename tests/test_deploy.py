@@ -83,3 +83,11 @@ def test_each_folder_s_readme_names_its_files(folder: Path) -> None:
     readme = (folder / "README.md").read_text()
     for path in folder.glob("*.yaml"):
         assert path.name in readme
+
+
+def test_nobody_is_promised_aliases_of_a_server() -> None:
+    """`tenet serve` and Triton serve versions by their numbers; aliases are the command line's."""
+    readme = " ".join((DEPLOY / "triton" / "README.md").read_text().split())
+    assert "Neither server resolves them" in readme
+    table = [line for line in (DEPLOY / "triton" / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert not any("alias" in line for line in table)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,8 @@ from export.engines.threads import budget
 if TYPE_CHECKING:
     from export.engines.places import Place
     from export.manifest import Manifest
+
+_log = logging.getLogger(__name__)
 
 Rebuild = Literal["never", "auto"]
 
@@ -43,14 +46,16 @@ def open_engine(
             default. A plan has its runtime, whatever is said here.
         threads: CPU threads that one call may use; the process's share of the machine divided by `instances` if None.
         instances: engines that will run at once in this process.
-        rebuild: "auto" to build a plan that was made for another machine again, from the ONNX file beside it.
+        rebuild: "auto" to build a plan that cannot run here, by its manifest or by what the runtime says of it, again
+            from the ONNX file beside it.
         cache: where rebuilt plans, and engines of TensorRT providers, are kept; `default_cache()` if None.
 
     Raises:
         FileNotFoundError: manifest or engine file is missing.
         ValueError: the sha256 differs from the manifest, the runtime cannot take the file, or there is no such device
             or provider.
-        CannotRunHere: this machine lacks what the runtime asked for needs: a GPU, a library, a version.
+        CannotRunHere: this machine lacks what the runtime asked for needs: a GPU, a library, a version; or the runtime
+            itself does not take the plan.
         RuntimeError: another runtime would have run it, or the runtime failed.
     """
     place = places.placed(device=device, provider=provider)
@@ -62,7 +67,12 @@ def open_engine(
     else:
         ordinal = _gpu(manifest, device)
         engine = _plan(version_folder, manifest, ordinal=ordinal, rebuild=rebuild, cache=cache)
-    engine.warm_up()
+    try:
+        engine.warm_up()
+    except BaseException:
+        # Nobody else knows of it yet: what it holds of a GPU's memory would stay taken.
+        engine.close()
+        raise
     return engine
 
 
@@ -84,14 +94,16 @@ def _plan(folder: Path, manifest: Manifest, *, ordinal: int, rebuild: Rebuild, c
 
     try:
         requirements.check(manifest, ordinal=ordinal)
-    except CannotRunHere:
+        return TrtEngine(folder, manifest, ordinal=ordinal, cache=cache)
+    except CannotRunHere as refusal:
         if rebuild == "never":
             raise
-        from export import rebuild as builder  # noqa: PLC0415 - as above, and rare
+        _log.info("%s", refusal)
+    from export import rebuild as builder  # noqa: PLC0415 - as above, and rare
 
-        folder = builder.rebuilt(folder, manifest, cache=cache, ordinal=ordinal)
-        manifest = manifests.verify(folder)
-    return TrtEngine(folder, manifest, ordinal=ordinal, cache=cache)
+    folder = builder.rebuilt(folder, manifest, cache=cache, ordinal=ordinal)
+    # Once: a plan that was built here and is refused all the same is told as it is.
+    return TrtEngine(folder, manifests.verify(folder), ordinal=ordinal, cache=cache)
 
 
 def _gpu(manifest: Manifest, device: str | None) -> int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 
+from export.engines.failures import one_line
+
 if TYPE_CHECKING:
     from export.engines.base import Inputs, Logits
     from export.manifest import Manifest
@@ -33,6 +35,7 @@ class DeviceBinding:
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, *, ordinal: int) -> None:
         self._session = session
+        self._model = manifest.model
         self._ordinal = ordinal
         self._input, self._output = manifest.inputs[0].name, manifest.outputs[0].name
         self._answer_shape = manifest.outputs[0].shape[1:]
@@ -40,8 +43,12 @@ class DeviceBinding:
         self._lock = Lock()
 
     def run(self, inputs: Inputs) -> Logits:
-        """Return the answers to a batch; callers take turns."""
-        with self._lock:
+        """Return the answers to a batch; callers take turns.
+
+        Raises:
+            RunFailed: the runtime failed, in one line.
+        """
+        with self._lock, one_line(self._model):
             buffers = self._buffers(inputs)
             buffers.images.update_inplace(inputs)
             self._session.run_with_iobinding(buffers.binding)
@@ -73,12 +80,17 @@ class HostBinding:
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, *, ordinal: int) -> None:
         del ordinal  # the session knows
         self._session = session
+        self._model = manifest.model
         self._input, self._output = manifest.inputs[0].name, manifest.outputs[0].name
         self._lock = Lock()
 
     def run(self, inputs: Inputs) -> Logits:
-        """Return the answers to a batch; callers take turns."""
-        with self._lock:
+        """Return the answers to a batch; callers take turns.
+
+        Raises:
+            RunFailed: the runtime failed, in one line.
+        """
+        with self._lock, one_line(self._model):
             binding = self._session.io_binding()
             binding.bind_cpu_input(self._input, np.ascontiguousarray(inputs))
             binding.bind_output(self._output)

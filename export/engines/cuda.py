@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 
 _BINDINGS = "cuda.bindings.runtime"
 
+# Characters that CUDA may write of a place on the PCI bus, the zero at the end included; it asks for 13 at least.
+_BUS_NAME = 32
+
 
 class CudaError(RuntimeError):
     """CUDA refused a call, or failed in an earlier one."""
@@ -54,6 +57,21 @@ def current_gpu() -> Gpu | None:
         return None
     failed, ordinal = api.cudaGetDevice()
     return None if failed else _gpu(api, ordinal)
+
+
+def bus_of(ordinal: int) -> str:
+    """Return where on the PCI bus a GPU is, in CUDA's words, such as "0000:65:00.0".
+
+    Raises:
+        CudaError: there is no such GPU, or no driver.
+    """
+    api = _bindings()
+    if api is None:
+        raise CudaError("cudaDeviceGetPCIBusId: NVIDIA's CUDA bindings are not installed")
+    failed, name = api.cudaDeviceGetPCIBusId(_BUS_NAME, ordinal)
+    if failed:
+        raise CudaError(f"cudaDeviceGetPCIBusId: CUDA says {_words(api, failed)}")
+    return str(name.partition(b"\0")[0].decode(errors="replace"))
 
 
 def driver_version() -> str | None:

@@ -51,7 +51,8 @@ class Message:
     text: str
 
 
-@dataclass
+# Each is itself alone: two that heard the same are not one, and a listener that leaves must not take another's place.
+@dataclass(eq=False)
 class Messages:
     """What was said while somebody listened.
 

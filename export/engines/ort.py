@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING
 import onnxruntime
 
 from export.engines import providers
-from export.engines import threads as budgets
 from export.engines.base import Engine, Inputs, Logits
 from export.engines.bindings import DeviceBinding, HostBinding
+from export.engines.failures import one_line, reason
 from export.engines.places import NAMES, Place, checked_provider
 from export.engines.providers import Profile
+from export.engines.session_options import session_options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from export.manifest import Manifest
-
-# ONNX Runtime's log severity "error": its warnings about graph details are no business of a caller's.
-_LOG_ERRORS = 3
 
 # Arithmetic on shapes and constants. GPU providers leave it to the CPU on purpose, where its results are needed;
 # whatever else runs there is a layer that the provider could not take.
@@ -53,6 +51,7 @@ def open_session(
     threads: int | None = None,
     cache: Path | None = None,
     profile: Profile | None = None,
+    optimise: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX file, published or not, where it was asked for and nowhere else.
 
@@ -63,6 +62,8 @@ def open_session(
         threads: CPU threads that one call may use; all that this process may use if None.
         cache: where engines that TensorRT builds are kept; None to build them at every start.
         profile: what will come, for TensorRT.
+        optimise: whether ONNX Runtime may fuse nodes; without, each is computed as it stands in the file. Among others
+            it adds pairs of QuantizeLinear and DequantizeLinear, which another runtime of the file would not.
 
     Raises:
         ValueError: there is no such provider, or ONNX Runtime cannot take the file.
@@ -70,14 +71,13 @@ def open_session(
         RuntimeError: another provider would have run the model, or some of its layers.
     """
     place = Place(checked_provider(provider), ordinal)
-    options = _options(threads, fp16=profile is not None and profile.precision == "fp16")
+    options = session_options(threads, optimise=optimise)
     named = _arranged(path, place, options, cache=cache, profile=profile)
     try:
         # Without a fall-back: ONNX Runtime would print an error and go on, on the CPU.
         session = onnxruntime.InferenceSession(str(path), options, providers=named, enable_fallback=0)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: ONNX Runtime cannot load it: {reason}; export the model again") from error
+        raise ValueError(f"{path}: ONNX Runtime cannot load it: {reason(error)}; export the model again") from error
     check_provider(session, NAMES[provider], path=path)
     if provider != "cpu":  # beside which there is none to fall back to
         check_layers(session, NAMES[provider], path=path)
@@ -141,22 +141,6 @@ def layers_elsewhere(session: onnxruntime.InferenceSession, name: str) -> list[s
     ]
 
 
-def _options(threads: int | None, *, fp16: bool) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = budgets.budget() if threads is None else threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _LOG_ERRORS
-    # Threads that spin for work starve their neighbours on shared cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # On x86 without VNNI, products of U8 and S8 saturate at 16 bits: a machine without it would answer otherwise than
-    # the one with it on which an engine was proved. This takes slower products there, and nothing elsewhere.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    if fp16:
-        # Together with another optimiser this one makes ONNX Runtime 1.31 crash on fp16 vision transformers.
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")
-    return options
-
-
 class OrtEngine(Engine):
     """An ONNX file run by ONNX Runtime; safe to call from several threads, which take turns on a GPU."""
 
@@ -171,7 +155,7 @@ class OrtEngine(Engine):
     ) -> None:
         super().__init__(manifest)
         profile = Profile(manifest.inputs[0], manifest.max_batch, manifest.precision)
-        self._session = open_session(
+        self._session: onnxruntime.InferenceSession | None = open_session(
             folder / manifest.file,
             provider=place.provider,
             ordinal=place.ordinal,
@@ -185,11 +169,15 @@ class OrtEngine(Engine):
             self._binding = _BINDINGS[place.provider](self._session, manifest, ordinal=place.ordinal)
 
     def _run(self, inputs: Inputs) -> Logits:
-        if self._binding is not None:
-            return self._binding.run(inputs)
-        return self._session.run(self._outputs, {self._input: inputs})[0]  # type: ignore[no-any-return]
+        # Both are kept for the length of the call: another thread may close the engine meanwhile.
+        binding, session = self._binding, self._session
+        if session is None:
+            raise RuntimeError("the engine is closed; open it again")
+        with one_line(self.manifest.model):
+            if binding is not None:
+                return binding.run(inputs)
+            return session.run(self._outputs, {self._input: inputs})[0]  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Drop the session; ONNX Runtime frees its memory with it."""
-        self._binding = None
-        del self._session
+        """Drop the session; ONNX Runtime frees its memory with it. Once more does nothing."""
+        self._session = self._binding = None

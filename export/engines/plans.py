@@ -60,7 +60,12 @@ class Plan:
 
 
 def opened(trt: Any, path: Path, manifest: Manifest, messages: Messages) -> Plan:
-    """Deserialise a plan, and compare it with the manifest before anything relies on either."""
+    """Deserialise a plan, and compare it with the manifest before anything relies on either.
+
+    Raises:
+        CannotRunHere: the runtime cannot start, or does not take this plan on this machine.
+        ValueError: the plan is empty, or is not what its manifest says.
+    """
     again = _again(manifest)
     if not path.stat().st_size:
         raise ValueError(f"{path}: expected a plan, got an empty file; {again}")
@@ -77,8 +82,9 @@ def opened(trt: Any, path: Path, manifest: Manifest, messages: Messages) -> Plan
         _check_header(trt, runtime, plan, manifest)
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise ValueError(
-            f"{path}: expected a plan that {manifest.runtime} {trt.__version__} takes, got one for "
+        # Its sha256 is its manifest's: the plan is as it was built, and this runtime or this machine is another.
+        raise CannotRunHere(
+            f"{path}: expected a plan that {manifest.runtime} {trt.__version__} takes here, got one for "
             f"{manifest.requires.runtime}: {messages.why}; {again}"
         )
     _check_tensors(engine, manifest)

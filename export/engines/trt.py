@@ -21,7 +21,7 @@ import numpy as np
 
 from export.engines import plans
 from export.engines.base import DTYPES, CannotRunHere, Engine, Inputs, Logits
-from export.engines.cuda import Device
+from export.engines.cuda import CudaError, Device
 from export.engines.messages import heard, import_runtime
 from export.store import atomic
 
@@ -61,8 +61,8 @@ class TrtEngine(Engine):
             cache: a folder where `tensorrt_rtx` keeps what it compiles; None compiles again at each start.
 
         Raises:
-            CannotRunHere: the runtime or the GPU is missing.
-            ValueError: the plan is damaged, or is not what the manifest says.
+            CannotRunHere: the runtime or the GPU is missing, or the runtime does not take the plan here.
+            ValueError: the plan is empty, or is not what the manifest says.
             RuntimeError: CUDA or TensorRT failed, for want of memory, say.
         """
         super().__init__(manifest)
@@ -85,7 +85,11 @@ class TrtEngine(Engine):
             self._made = made.pop_all()
 
     def warm_up(self, sizes: Sequence[int] = ()) -> None:
-        """Run batches of these sizes, by default of one image and of the most: their graphs are recorded now."""
+        """Run batches of these sizes, by default of one image and of the most: their graphs are recorded now.
+
+        `tensorrt` records another size in the first call that brings it, which takes about as long as a few calls; name
+        here what will come, if no caller shall wait for that.
+        """
         for size in sizes or sorted({1, self.manifest.max_batch}):
             self(np.zeros((size, *self._shape), dtype=self._dtype))
         with self._lock, self._named():
@@ -105,13 +109,19 @@ class TrtEngine(Engine):
 
     def close(self) -> None:
         """Free graphs, contexts, engine and memory, whatever failed before; a second call does nothing."""
-        with self._lock:
+        with self._lock, self._named():
             self._made.close()
 
     def _drop(self) -> None:
         runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.close()
+        if runner is None:
+            return
+        try:
+            # Whoever closes may have worked on another GPU, and what TensorRT frees and saves is the current one's.
+            self._device.use()
+        except CudaError as error:
+            _log.warning("%s", error)
+        runner.close()
 
     @contextmanager
     def _named(self) -> Iterator[Messages]:
@@ -271,7 +281,10 @@ class _Recording:
 
 
 class _Compiling:
-    """`tensorrt_rtx`: it compiles kernels for this GPU while it runs, and records graphs of them by itself."""
+    """`tensorrt_rtx`: it compiles kernels for this GPU while it runs, and records graphs of them by itself.
+
+    There is one context for each profile that was used, and each has scratch memory of its own.
+    """
 
     def __init__(self, trt: Any, work: _Work, *, graphs: bool, kernels: Path | None) -> None:
         self._work: _Work | None = work

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from export.engines.session_options import session_options
 from export.graph import onnx_parts
 
 NAME = "batch"
@@ -153,7 +154,7 @@ def try_out(model: onnx.ModelProto, image: np.ndarray[Any, Any]) -> None:
     Raises:
         ValueError: it does not run.
     """
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.log_severity_level = _LOG_NOTHING
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

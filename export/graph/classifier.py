@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from export import onnx_file
-from export.graph import batch_dimension, onnx_parts
+from export.graph import batch_dimension, limits, onnx_parts
 from export.mapping import feed
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def classifier_from_model(original: onnx.ModelProto, mapping: Mapping) -> Classi
     _set_shape(model.graph.input[0], _native_shape(shape, mapping))
     scores = batch_dimension.check(model, image=native.name, output=output.name)
     output = output.model_copy(update={"shape": _checked_scores(output, scores)})
+    # Once more: the file may leave the image's size open, and with it that of everything else.
+    limits.check_tensors(onnx_parts.inferred(model))
     if native.shape[0] != -1:
         _try_out(model, native, mapping, shape)
     if -1 in native.shape[1:]:

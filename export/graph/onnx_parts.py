@@ -27,8 +27,16 @@ def subgraphs(graph: Nodes) -> Iterator[Nodes]:
     """Yield a graph, or a function, and all graphs inside its nodes (branches and loop bodies)."""
     yield graph
     for node in _own_nodes(graph):
-        for inner in _graphs_of(node):
+        for inner in graphs_of(node):
             yield from subgraphs(inner)
+
+
+def graphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs that are attributes of a node: branches, loop bodies."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def nodes(graph: Nodes) -> Iterator[onnx.NodeProto]:
@@ -64,7 +72,7 @@ def label(node: onnx.NodeProto) -> str:
 
 def value_names(graph: onnx.GraphProto) -> set[str]:
     """Return the names of all values of a graph and of the graphs inside it."""
-    return {name for inner in subgraphs(graph) for name in _names(inner)}
+    return set(_names(graph))
 
 
 def free_name(wanted: str, *, taken: set[str]) -> str:
@@ -104,7 +112,7 @@ def prune(graph: onnx.GraphProto, output: str) -> None:
 
 def reads(node: onnx.NodeProto) -> set[str]:
     """Return the names of the values that a node reads, those of its branches and loop bodies too."""
-    inner = (name for graph in _graphs_of(node) for name in _names(graph))
+    inner = (name for graph in graphs_of(node) for name in _names(graph))
     # An empty name stands for an optional value that is not given.
     return {*node.input, *inner} - {""}
 
@@ -165,13 +173,22 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: the shapes inside the graph contradict each other; the message is ONNX's.
     """
-    try:
-        inferred = onnx.shape_inference.infer_shapes(without_weights(model), strict_mode=True, data_prop=True).graph
-    except Exception as error:
-        raise ValueError(reason(error)) from error
-    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    graph = inferred(model)
+    values = (*graph.input, *graph.value_info, *graph.output)
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     return constants | {value.name: shape_of(value) for value in values if value.type.tensor_type.HasField("shape")}
+
+
+def inferred(model: onnx.ModelProto) -> onnx.GraphProto:
+    """Return the graph with the shapes of its values, and its larger weights as inputs.
+
+    Raises:
+        ValueError: the shapes inside the graph contradict each other; the message is ONNX's.
+    """
+    try:
+        return onnx.shape_inference.infer_shapes(without_weights(model), strict_mode=True, data_prop=True).graph
+    except Exception as error:
+        raise ValueError(reason(error)) from error
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -213,6 +230,7 @@ def _own_nodes(graph: Nodes) -> Iterator[onnx.NodeProto]:
 
 
 def _names(graph: Nodes) -> Iterator[str]:
+    """Yield the names of the values of a graph and of those inside it."""
     for inner in subgraphs(graph):
         for node in _own_nodes(inner):
             yield from (*node.input, *node.output)
@@ -220,13 +238,6 @@ def _names(graph: Nodes) -> Iterator[str]:
             yield from (value.name for value in (*inner.input, *inner.output))
             yield from (tensor.name for tensor in inner.initializer)
             yield from (sparse.values.name for sparse in inner.sparse_initializer)
-
-
-def _graphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _tensors_of(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:

@@ -21,6 +21,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, numpy_helper, version_converter
 
+from export.engines.session_options import session_options
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -32,8 +34,6 @@ _OLDEST_OPSET = 13
 
 # How many names an error proposes: enough to recognise one's own, few enough for one line.
 _PROPOSED = 3
-
-_LOG_ERRORS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +185,9 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
     """Let ONNX Runtime fold what is constant, by rewrites that stay within the ONNX standard."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "folded.onnx"
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(path)
-        options.log_severity_level = _LOG_ERRORS
         onnxruntime.InferenceSession(
             model.SerializeToString(),
             options,

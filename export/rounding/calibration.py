@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int64
 from onnx import TensorProto, helper
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
-from export.engines import threads
+from export.engines.session_options import session_options
 from export.manifest import Method
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _CHUNK_VALUES = 1 << 18
 # Of a histogram from which a percentile is read: ranges are right to 1/8192 of the largest value.
 _PERCENTILE_BINS = 16_385
 
-# TensorRT's 2048 bins of absolute values come to as many on either side of zero; odd, so that one bin is around zero.
+# Half as fine as TensorRT's 2048 bins of absolute values: 1024 on either side of zero, and one around it.
 _ENTROPY_BINS = 2 * 1024 + 1
 
 # Levels that the entropy calibrator compares with: TensorRT's 128, the positive ones of int8.
@@ -59,8 +59,6 @@ _METHODS = {
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
-
-_LOG_ERRORS = 3
 
 
 @dataclass
@@ -123,17 +121,7 @@ def open_session(model: onnx.ModelProto, *, optimise: bool) -> onnxruntime.Infer
         optimise: whether ONNX Runtime may fuse nodes; without, each tensor of the graph is computed as it stands there
             and freed as soon as it has been used.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads.budget()
-    options.log_severity_level = _LOG_ERRORS
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Of a fp16 graph it makes nodes that the CPU provider has no kernel for: a crash of the process in 1.31.
-    options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # In the order of the graph. By default what the outputs are computed from is put off to the end of the run,
-        # and every activation of the graph is held until then: 2.2 GB instead of 0.1 for eight images of a ResNet-50.
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options = session_options(optimise=optimise)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

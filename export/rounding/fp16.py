@@ -35,6 +35,10 @@ _NARROWS = re.compile(r"^graph_input_cast\d+$|_cast_to_fp16_node$")
 # The largest finite fp16.
 FP16_MAX = 65504.0
 
+# What an activation may be at most on the images that are seen: others make more of it, and a sum of a few in fp16
+# must not overflow either.
+_ACTIVATION_MAX = FP16_MAX / 4
+
 # Operators that hand values on as they are, or choose among them: they round nothing.
 _PASS = frozenset(
     {
@@ -50,11 +54,14 @@ class Converter:
 
     Attributes:
         always: nodes that every graph keeps in fp32: what normalises the images, operators that are not defined for
-            fp16, and nodes with weights or, where images were given, with activations beyond its range.
+            fp16, and nodes with weights beyond its range or, where images were given, with activations that come near
+            its end.
+        optimise: whether the graphs to measure may be optimised; the casts that round stay.
     """
 
     prepared: Prepared
     always: frozenset[str]
+    optimise: bool = True
 
     def candidates(self, kept: Collection[str]) -> tuple[onnx.NodeProto, ...]:
         """Return the nodes that compute in fp16, in the order of the graph: not those kept."""
@@ -132,7 +139,7 @@ def converter(source: Path, *, inputs: Inputs | None = None) -> Converter:
     large = {tensor.name for tensor in prepared.model.graph.initializer if _beyond_fp16(tensor)}
     if inputs is not None:
         ranges = calibration.ranges(prepared.model, inputs, tensors=prepared.activations())
-        large |= {name for name, data in ranges.items() if max(-data.lowest, data.highest) > FP16_MAX}
+        large |= {name for name, data in ranges.items() if max(-data.lowest, data.highest) > _ACTIVATION_MAX}
     normalising = {name for node in prepared.layers[:1] for name in prepared.upstream(node)}
     always = {
         node.name

@@ -1,1 +1,1 @@
-"""What a repository is kept in: its catalogue, its drafts, its aliases, in folders and object stores."""
+"""What a repository is kept in, folders and object stores: how it is read, and how it changes whole or not at all."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # How the names of files begin that are being written: what a killed process leaves can be told by it.
 PREFIX = ".writing-"
@@ -30,8 +30,7 @@ def staged(path: Path, content: bytes, *, folder: Path | None = None) -> Iterato
         content: its bytes.
         folder: where it is written, on the same disk; by default the folder of its place.
     """
-    handle, name = tempfile.mkstemp(prefix=PREFIX, dir=folder or path.parent)
-    temporary = Path(name)
+    temporary, handle = new_file(folder or path.parent)
 
     def put() -> None:
         temporary.replace(path)
@@ -40,11 +39,16 @@ def staged(path: Path, content: bytes, *, folder: Path | None = None) -> Iterato
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        temporary.chmod(0o644)
         flush(temporary)
         yield put
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_file(folder: Path) -> tuple[Path, int]:
+    """Make a file that nobody else has, readable by whom the umask allows; return it, and it open for writing."""
+    path = folder / f"{PREFIX}{secrets.token_hex(8)}"
+    return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def flush(path: Path) -> None:

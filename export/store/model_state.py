@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.manifest import NAME_PATTERN
+from export.manifest import LARGEST_RECORD, NAME_PATTERN
 
 FILE_NAME = "model.json"
 
@@ -47,11 +47,11 @@ def from_json(contents: bytes, *, source: str) -> ModelState:
         ValueError: they are not, byte for byte, what was written.
     """
     try:
-        record = json.loads(contents)
+        record: dict[str, Any] = json.loads(contents) if len(contents) <= LARGEST_RECORD else {}
         record.pop("checksum", None)
         state = ModelState.model_validate(record, strict=True)
         genuine = state.as_json() == contents
-    except (ValueError, ValidationError, AttributeError):
+    except (ValueError, ValidationError, AttributeError, RecursionError):
         genuine = False
     if not genuine:
         raise ValueError(

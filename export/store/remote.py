@@ -12,35 +12,33 @@ leaves files without a manifest: nobody sees them, and the first who publishes o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import os
 import re
-import shutil
-import tempfile
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from export import manifest as manifests
 from export.manifest import NAME_PATTERN
-from export.store import atomic, drafts, model_state
-from export.store.storage import FULL, VERSION, FolderStorage, Storage
+from export.store import drafts, model_state
+from export.store.cache import OFFLINE, Cache, OfflineStorage, cache_of
+from export.store.folder import FolderStorage
+from export.store.storage import FULL, VERSION, Listed, Storage, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from export.manifest import Manifest
     from export.store.drafts import Draft
     from export.store.model_state import ModelState
     from export.store.storage import Step
-
-__all__ = ["OFFLINE", "ObjectStorage", "OfflineStorage", "cache_of", "storage"]
 
 # Which package speaks to a store, and which extra of ours brings it.
 _PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "memory": ("fsspec", "s3")}
@@ -57,10 +55,11 @@ _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "conditionNotMet",
 # Writers on other machines that may be in the way of one write of model.json, each of a moment.
 _TRIES = 20
 
-_CHUNK_BYTES = 1 << 20
+# What stores call an object's time, and the tag that changes with its contents.
+_MODIFIED = ("LastModified", "updated", "created")
+_TAGS = ("ETag", "etag")
 
-# Set, to anything but 0, where there is no network: what was fetched before is read, and nothing else.
-OFFLINE = "TENET_OFFLINE"
+_CHUNK_BYTES = 1 << 20
 
 
 def storage(url: str) -> Storage:
@@ -81,14 +80,6 @@ def storage(url: str) -> Storage:
     return ObjectStorage(url, _filesystem(url, address[1]), cache_of(url))
 
 
-def cache_of(url: str) -> Path:
-    """Return the folder on this machine where files of a repository are kept: below XDG_CACHE_HOME, or ~/.cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # as the XDG specification has it
-        base = Path.home() / ".cache"
-    return base / "tenet" / "models" / hashlib.sha256(url.encode()).hexdigest()[:16]
-
-
 def _filesystem(url: str, protocol: str) -> Any:
     package, extra = _PACKAGES[protocol]
     try:
@@ -107,8 +98,12 @@ class ObjectStorage(Storage):
         self.location = url
         self._fs = filesystem
         self._root = filesystem._strip_protocol(url)
-        # Drafts and fetched versions lie here as in a repository, which a machine without network can read.
-        self._cache = FolderStorage(cache)
+        self._cache = Cache(cache)
+        # What is read at once is small: s3fs need not ask for its size first, to read it in several parts.
+        self._small = {"max_concurrency": 1} if url.startswith("s3:") else {}
+        # What was read of an object, by its path, with the tag that it had: looking again costs no second request.
+        self._known: dict[str, tuple[str, bytes]] = {}
+        self._tags: dict[str, str] = {}
 
     @override
     def models(self) -> list[str]:
@@ -124,14 +119,33 @@ class ObjectStorage(Storage):
         return sorted(name for name in names if NAME_PATTERN.fullmatch(name))
 
     @override
-    def versions(self, model: str) -> list[int]:
-        names = (path.partition("/") for path in self._below(model))
-        return sorted(int(v) for v, _, rest in names if rest == manifests.FILE_NAME and VERSION.fullmatch(v))
+    def listed(self, model: str) -> Listed:
+        return _listed(self._below(model))
 
     @override
     def read(self, path: str) -> bytes:
         with self._asking(path):
-            return bytes(self._fs.cat_file(self._path(path)))
+            return bytes(self._fs.cat_file(self._path(path), **self._small))
+
+    @override
+    def read_all(self, paths: Iterable[str]) -> dict[str, bytes | OSError]:
+        # Manifests alone are kept: what else there is, is small, and changes to and fro.
+        tags = {path: self._tags.get(path, "") if path.endswith(manifests.FILE_NAME) else "" for path in paths}
+        found: dict[str, bytes | OSError] = {p: c for p, (tag, c) in self._known.items() if tag and tags.get(p) == tag}
+        wanted = {self._path(path): path for path in tags if path not in found}
+        with self._asking():
+            answers = self._fs.cat(list(wanted), on_error="return", **self._small) if wanted else {}
+        for place, path in wanted.items():
+            with self._asking(path):
+                content = answers[place]
+                if isinstance(content, FileNotFoundError):
+                    found[path] = content
+                    continue
+                if isinstance(content, Exception):  # whether it is there is not known, so nothing is
+                    raise content
+            found[path] = bytes(content)
+            self._known[path] = tags[path], bytes(content)
+        return found
 
     @override
     def sha256(self, path: str) -> str:
@@ -143,38 +157,50 @@ class ObjectStorage(Storage):
 
     @override
     def files(self, model: str, version: int) -> list[str]:
-        return self._below(f"{model}/{version}")
+        return list(self._below(f"{model}/{version}"))
 
     @override
-    def made(self, manifest: Manifest) -> datetime:
-        return self._modified(f"{manifest.model}/{manifest.version}/{manifest.file}")
+    def made(self, model: str, engines: Mapping[int, str]) -> dict[int, datetime]:
+        found = self._below(model)
+        wanted = {number: f"{number}/{engine}" for number, engine in engines.items()}
+        return {number: _modified(found[path]) for number, path in wanted.items() if path in found}
 
     @override
     def folder(self, manifest: Manifest) -> Path:
-        model = self._cache.root / manifest.model
-        place = model / str(manifest.version)
-        place.mkdir(parents=True, exist_ok=True)
-        with (model / ".fetch.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for name, sha256 in {manifest.file: manifest.sha256, **manifest.files}.items():
-                self._fetch(manifest, _checked_path(name, manifest), sha256)
-            atomic.write(place / manifests.FILE_NAME, manifest.as_json())
-            # For a machine without network: the aliases as they are now.
-            atomic.write(model / model_state.FILE_NAME, self.state(manifest.model).as_json())
+        def get(name: str, sha256: str, target: Path) -> None:
+            path = f"{manifest.model}/{manifest.version}/{name}"
+            with self._asking(path):
+                self._fs.get_file(self._path(path), str(target))
+            if (actual := manifests.sha256_of(target)) != sha256:
+                raise ValueError(
+                    f"{self.location}/{path}: expected sha256 {sha256[:12]}… as in its manifest, got {actual[:12]}…; "
+                    "the file was changed or damaged in the store: export the model again"
+                )
+
+        place = self._cache.fetched(manifest, get=get)
+        with suppress(OSError, ValueError):  # for a machine without network: the aliases as they are now
+            self._cache.keep_state(manifest.model, self.state(manifest.model).as_json())
         return place
 
     @override
     def lock(self) -> AbstractContextManager[None]:
-        return self._cache.lock()
+        # The processes of this machine queue, so that its own are never in each other's way.
+        return FolderStorage(self._cache.root).lock()
 
     @override
-    def write(self, model: str, steps: Sequence[Step]) -> None:
+    def probe(self, model: str) -> None:
+        """Do nothing: what its credentials allow, a store says when they are used."""
+
+    @override
+    def write(self, model: str, steps: Sequence[Step], *, over: Mapping[str, bytes] | None = None) -> None:
         for path, content in steps:
-            with self._asking():
-                if content is None:
+            if content is None:
+                with self._asking():
                     self._fs.rm_file(self._path(path))
-                else:
-                    self._fs.pipe_file(self._path(path), content)
+            elif over is not None and path in over:
+                self._replace(path, content, before=over[path])
+            else:
+                self._pipe(path, content)
 
     @override
     def update(self, model: str, change: Callable[[ModelState], ModelState]) -> None:
@@ -189,7 +215,12 @@ class ObjectStorage(Storage):
 
     @override
     def begin(self, model: str) -> Draft:
-        given = [path.partition("/")[2 if path.startswith(_NUMBERS) else 0] for path in self._below(model)]
+        found = self._below(model)
+        listed = _listed(found)
+        if found and not self._is_ours(model, listed):
+            raise foreign(f"{self.location}/{model}")
+        self._sweep(model, found)
+        given = [path.removeprefix(f"{_NUMBERS}/").partition("/")[0] for path in found]
         version = max([self.state(model).last_version, *(int(n) for n in given if VERSION.fullmatch(n))]) + 1
         while not self._create(f"{model}/{_NUMBERS}/{version}", b""):
             version += 1
@@ -199,7 +230,6 @@ class ObjectStorage(Storage):
 
     @override
     def stage(self, draft: Draft) -> None:
-        draft.folder.chmod(0o755)
         for path in sorted(draft.folder.rglob("*")):
             name = path.relative_to(draft.folder).as_posix()
             if path.is_file() and name != manifests.FILE_NAME:
@@ -209,8 +239,9 @@ class ObjectStorage(Storage):
 
     @override
     def publish(self, draft: Draft, steps: Sequence[Step]) -> None:
-        target = f"{draft.model}/{draft.version}/{manifests.FILE_NAME}"
-        if not self._create(target, draft.manifest.as_json()):
+        target, content = f"{draft.model}/{draft.version}/{manifests.FILE_NAME}", draft.manifest.as_json()
+        # One that is there already may be ours: the store's answer to an earlier try was lost on its way.
+        if not self._create(target, content) and self.read(target) != content:
             raise FileExistsError(f"{self.location}/{target}: appeared while it was being written; publish again")
         self.write(draft.model, steps)
         place = self._cache.root / draft.model / str(draft.version)
@@ -222,7 +253,7 @@ class ObjectStorage(Storage):
         draft.close()
         # What fails here is removed a day later.
         with suppress(OSError):
-            if draft.version not in self.versions(draft.model):
+            if draft.version not in self.listed(draft.model).numbers:
                 self._delete(f"{draft.model}/{draft.version}")
 
     @override
@@ -230,43 +261,46 @@ class ObjectStorage(Storage):
         # First, and alone: with it readers lose sight of the version.
         self.write(model, [(f"{model}/{version}/{manifests.FILE_NAME}", None)])
         self._delete(f"{model}/{version}")
-        shutil.rmtree(self._cache.root / model / str(version), ignore_errors=True)
+        self._cache.drop(model, [version])
 
     @override
     def sweep(self, model: str) -> list[str]:
-        drafts.sweep(self._cache.root / model)
-        published, now = set(self.versions(model)), datetime.now(UTC)
-        swept = []
-        for version in sorted({path.partition("/")[0] for path in self._below(model)}):
-            if not VERSION.fullmatch(version) or int(version) in published:
-                continue
-            names = self._below(f"{model}/{version}")
-            if all(now - self._modified(f"{model}/{version}/{name}") > _ABANDONED for name in names):
-                self._delete(f"{model}/{version}")
-                swept.append(version)
-        return swept
+        found = self._below(model)
+        self._cache.drop(model, sorted({*self._cache.versions(model)} - {*_listed(found).numbers}))
+        return self._sweep(model, found)
 
     @override
     def forget(self, model: str) -> None:
         """Leave what there is: a number that was given out is not given again."""
 
+    def _sweep(self, model: str, found: dict[str, Any]) -> list[str]:
+        """Remove what was never published under the numbers that were given out here, once it is a day old."""
+        drafts.sweep(self._cache.root / model)
+        now, swept = datetime.now(UTC), []
+        given = {path.removeprefix(f"{_NUMBERS}/") for path in found if path.startswith(f"{_NUMBERS}/")}
+        for version in sorted(given - {str(number) for number in _listed(found).numbers}):
+            left = [entry for path, entry in found.items() if path.startswith(f"{version}/")]
+            if left and all(now - _modified(entry) > _ABANDONED for entry in left):
+                self._delete(f"{model}/{version}")
+                swept.append(version)
+        return swept
+
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
 
-    def _below(self, prefix: str) -> list[str]:
-        """Return the paths of all objects below a prefix, relative to it."""
+    def _below(self, prefix: str) -> dict[str, Any]:
+        """Return what the store says of all objects below a prefix, by their paths relative to it."""
         root = self._path(prefix)
         try:
             with self._asking():
-                found = self._fs.find(root)
+                found = self._fs.find(root, detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(name[len(root) + 1 :] for name in found)
-
-    def _modified(self, path: str) -> datetime:
-        with self._asking(path):
-            moment: datetime = self._fs.modified(self._path(path))
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return {}
+        # Where there was nothing, s3fs asks for the folder itself, which may be there by then.
+        below = {name[len(root) + 1 :]: found[name] for name in sorted(found) if name.startswith(f"{root}/")}
+        others = {path: tag for path, tag in self._tags.items() if not path.startswith(f"{prefix}/")}
+        self._tags = {**others, **{f"{prefix}/{path}": _tag_of(entry) for path, entry in below.items()}}
+        return below
 
     def _tag(self, path: str) -> str | None:
         """Return what changes with an object, as far as its store tells: "" if it does not, None without the object."""
@@ -276,11 +310,23 @@ class ObjectStorage(Storage):
         except FileNotFoundError:
             return None
 
+    def _replace(self, path: str, content: bytes, *, before: bytes) -> None:
+        """Write over an object that still holds what was there before."""
+        tag = self._tag(path)
+        held = tag is not None and self.read(path) == before and self._exchange(path, content, tag)
+        if not held and self._tag(path) is None:
+            raise FileNotFoundError(f"{self.location}/{path}: has been removed meanwhile; nothing was written")
+        if not held:
+            raise OSError(f"{self.location}/{path}: was changed by another at the same time; do it again")
+
     def _exchange(self, path: str, content: bytes, tag: str | None) -> bool:
         """Write an object if it is still the one with this tag; return whether it was."""
         if tag is None:
             return self._create(path, content)
-        return self._pipe(path, content, **({"IfMatch": tag} if tag else {}))
+        try:
+            return self._pipe(path, content, **({"IfMatch": tag} if tag else {}))
+        except FileNotFoundError:
+            return False
 
     def _create(self, path: str, content: bytes) -> bool:
         """Write an object that is not there; return whether it was not, which the store alone can tell."""
@@ -288,6 +334,7 @@ class ObjectStorage(Storage):
 
     def _pipe(self, path: str, content: bytes, **conditions: str) -> bool:
         """Write an object on conditions; return whether they held."""
+        self._known.pop(path, None)
         with self._asking():
             try:
                 self._fs.pipe_file(self._path(path), content, **conditions)
@@ -301,29 +348,6 @@ class ObjectStorage(Storage):
         for name in self._below(prefix):
             with suppress(FileNotFoundError), self._asking():
                 self._fs.rm_file(self._path(f"{prefix}/{name}"))
-
-    def _fetch(self, manifest: Manifest, name: str, sha256: str) -> None:
-        """Bring a file to the cache, unless it is there as it should be."""
-        place = self._cache.root / manifest.model / str(manifest.version) / name
-        if place.is_file() and manifests.sha256_of(place) == sha256:
-            return
-        path = f"{manifest.model}/{manifest.version}/{name}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=atomic.PREFIX, dir=self._cache.root / manifest.model)
-        os.close(handle)
-        fetched = Path(temporary)
-        try:
-            with self._asking(path):
-                self._fs.get_file(self._path(path), temporary)
-            if (actual := manifests.sha256_of(fetched)) != sha256:
-                raise ValueError(
-                    f"{self.location}/{path}: expected sha256 {sha256[:12]}… as in its manifest, got {actual[:12]}…; "
-                    "the file was changed or damaged in the store: export the model again"
-                )
-            atomic.flush(fetched)
-            fetched.replace(place)
-        finally:
-            fetched.unlink(missing_ok=True)
 
     @contextmanager
     def _asking(self, path: str = "") -> Iterator[None]:
@@ -342,24 +366,27 @@ class ObjectStorage(Storage):
             raise OSError(_refusal(where, error)) from error
 
 
-class OfflineStorage(FolderStorage):
-    """The cache of a repository in an object store, for reading alone: versions that this machine has used before."""
+def _listed(found: Mapping[str, Any]) -> Listed:
+    """Return what the paths below a model say: a version is there once its manifest is."""
+    names = (path.partition("/") for path in found)
+    numbers = sorted(int(v) for v, _, rest in names if rest == manifests.FILE_NAME and VERSION.fullmatch(v))
+    return Listed(numbers, claimed=any(path.startswith(f"{_NUMBERS}/") for path in found))
 
-    def __init__(self, url: str, cache: Path) -> None:
-        super().__init__(cache)
-        self.location = url
 
-    @override
-    def models(self) -> list[str]:
-        if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"{self.location}: nothing of it was fetched to this machine before; unset {OFFLINE} to fetch it"
-            )
-        return super().models()
+def _modified(entry: dict[str, Any]) -> datetime:
+    """Return when an object was written; one whose store does not say is as good as new."""
+    moment: Any = next((entry[key] for key in _MODIFIED if entry.get(key)), None)
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    if isinstance(moment, float):
+        moment = datetime.fromtimestamp(moment, tz=UTC)
+    if not isinstance(moment, datetime):
+        return datetime.now(UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
-    @override
-    def lock(self) -> AbstractContextManager[None]:
-        raise PermissionError(f"{self.location}: cannot be changed without network; unset {OFFLINE}")
+
+def _tag_of(entry: dict[str, Any]) -> str:
+    return str(next((entry[key] for key in _TAGS if entry.get(key)), ""))
 
 
 def _refusal(where: str, error: Exception) -> str:
@@ -369,14 +396,3 @@ def _refusal(where: str, error: Exception) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _checked_path(name: str, manifest: Manifest) -> str:
-    """Return a file's path if it stays below the version's folder, whatever the manifest in a store says."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
-        raise ValueError(
-            f"{manifest.model}@{manifest.version}: its manifest names a file outside of its folder, {name!r}; "
-            "do not use it: export the model again"
-        )
-    return name

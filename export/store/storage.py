@@ -1,32 +1,23 @@
-"""Where the files of a repository lie: a folder here; `export.store.remote` has the one for object stores.
+"""What a place for repositories must be able to do: a folder (`folder`), or an object store (`remote`).
 
-draft (hidden folder) --files written, fsynced--> rename --> <version>/ --config.pbtxt--> seen by Triton too
-<version>/ --rename--> hidden folder --> removed                    readers never see half a version
+draft --begin, stage, publish--> <model>/<version>/ --write--> config.pbtxt, model.json beside it --remove--> gone
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import re
-import secrets
-import shutil
 from abc import ABC, abstractmethod
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
-from functools import partial
-from typing import TYPE_CHECKING
-
-from typing_extensions import override
+from typing import TYPE_CHECKING, NamedTuple
 
 from export import manifest as manifests
-from export.manifest import NAME_PATTERN
-from export.store import atomic, drafts, model_state
+from export.store import model_state
 from export.store.model_state import ModelState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
+    from datetime import datetime
     from pathlib import Path
 
     from export.manifest import Manifest
@@ -38,91 +29,71 @@ Step = tuple[str, bytes | None]
 # A version's folder; no leading zeros, so that each number has one name. Triton ignores others as well.
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
-# Errors of a disk, a quota or a file size that is full.
+# Errors of a disk, a quota or a file size that is full, and of a place that may not be written to.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-_REMOVED = ".removed-"
+
+class Listed(NamedTuple):
+    """What the names in a model's folder say: the numbers of versions, and whether one was given out here."""
+
+    numbers: list[int]
+    claimed: bool = False
 
 
 class Storage(ABC):
     """Files by their paths below the repository, and the few steps that must be whole or not at all.
 
-    What is said to need the lock is called while `lock` is held.
+    What changes anything, from `write` on, is called while `lock` is held, but for `stage`, which takes long.
     """
 
     location: str
 
-    @abstractmethod
-    def models(self) -> list[str]:
-        """Return the names of what may be models.
+    def holds(self, model: str) -> bool:
+        """Whether a folder is a model of this repository: it has our model.json, or a version with its own manifest.
+
+        All that lists, writes or removes goes by this: whatever else lies in the repository is somebody else's.
+        """
+        return self._is_ours(model, self.listed(model))
+
+    def versions(self, model: str) -> list[int]:
+        """Return a model's version numbers, ascending; none if it is no model of this repository."""
+        listed = self.listed(model)
+        return listed.numbers if listed.numbers and self._is_ours(model, listed) else []
+
+    def _is_ours(self, model: str, listed: Listed) -> bool:
+        return listed.claimed or self._has_state(model) or any(self._has_own(model, n) for n in listed.numbers)
+
+    def _has_state(self, model: str) -> bool:
+        try:
+            model_state.from_json(self.read(f"{model}/{model_state.FILE_NAME}"), source="")
+        except (FileNotFoundError, PermissionError, ValueError):
+            return False
+        return True
+
+    def _has_own(self, model: str, number: int) -> bool:
+        try:
+            self.manifest(model, number)
+        except (FileNotFoundError, PermissionError, ValueError):
+            return False
+        return True
+
+    def manifest(self, model: str, number: int, contents: bytes | None = None) -> Manifest:
+        """Return a version's manifest, which is that of this very version, from its contents or after reading them.
 
         Raises:
-            FileNotFoundError: there is no repository.
+            FileNotFoundError: there is none.
+            ValueError: it cannot be read, or is another version's: somebody has copied a folder.
         """
-
-    @abstractmethod
-    def versions(self, model: str) -> list[int]:
-        """Return a model's version numbers, ascending."""
-
-    @abstractmethod
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes; raises FileNotFoundError."""
-
-    @abstractmethod
-    def sha256(self, path: str) -> str:
-        """Return the sha256 of a file's bytes as they lie there; raises FileNotFoundError."""
-
-    @abstractmethod
-    def files(self, model: str, version: int) -> list[str]:
-        """Return the paths of all files of a version, below its folder."""
-
-    @abstractmethod
-    def made(self, manifest: Manifest) -> datetime:
-        """Return when a version's engine file was written."""
-
-    @abstractmethod
-    def folder(self, manifest: Manifest) -> Path:
-        """Return the folder of a version on this machine, whose files may be opened."""
-
-    @abstractmethod
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other writers out, as far as that can be; readers are never kept out."""
-
-    @abstractmethod
-    def write(self, model: str, steps: Sequence[Step]) -> None:
-        """Write files, each whole or not at all, in their order, once there is room for all; needs the lock."""
-
-    @abstractmethod
-    def update(self, model: str, change: Callable[[ModelState], ModelState]) -> None:
-        """Replace the model's state; needs the lock."""
-
-    @abstractmethod
-    def begin(self, model: str) -> Draft:
-        """Give out the next version number, never to be given again, and a draft; needs the lock."""
-
-    @abstractmethod
-    def stage(self, draft: Draft) -> None:
-        """Do what takes long in publishing a draft, without the lock."""
-
-    @abstractmethod
-    def publish(self, draft: Draft, steps: Sequence[Step]) -> None:
-        """Show a staged draft to readers, then write files beside the version; needs the lock."""
-
-    @abstractmethod
-    def end(self, draft: Draft) -> None:
-        """Remove what a draft that was not published has left; needs the lock."""
-
-    @abstractmethod
-    def remove(self, model: str, version: int) -> None:
-        """Hide a version from readers, then remove its files; needs the lock."""
-
-    @abstractmethod
-    def sweep(self, model: str) -> list[str]:
-        """Remove what killed processes have left of a model, return its names; needs the lock."""
-
-    @abstractmethod
-    def forget(self, model: str) -> None:
-        """Remove what is left of a model that never had a version, whose numbers may be given again; needs the lock."""
+        path = f"{model}/{number}/{manifests.FILE_NAME}"
+        source = f"{self.location}/{path}"
+        manifest = manifests.from_json(self.read(path) if contents is None else contents, source=source)
+        if (manifest.model, manifest.version) != (model, number):
+            raise ValueError(
+                f"{self.location}/{model}/{number}: its manifest is that of {manifest.model}@{manifest.version}; a "
+                "copied folder is no version: export the model again"
+            )
+        return manifest
 
     def state(self, model: str) -> ModelState:
         """Return what model.json holds.
@@ -137,188 +108,102 @@ class Storage(ABC):
             return ModelState()
         return model_state.from_json(contents, source=f"{self.location}/{path}")
 
-
-class FolderStorage(Storage):
-    """A folder on this machine; any number of readers and writers at once, in threads and processes."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.location = str(root)
-
-    @override
+    @abstractmethod
     def models(self) -> list[str]:
-        if not self.root.is_dir():
-            found = "a file" if self.root.exists() else "no folder"
-            raise FileNotFoundError(
-                f"{self.root}: expected a model repository here, found {found}; make one with `tenet export`"
-            )
-        names = (path.name for path in self.root.iterdir() if path.is_dir())
-        return sorted(name for name in names if NAME_PATTERN.fullmatch(name))
+        """Return the names of what may be models.
 
-    @override
-    def versions(self, model: str) -> list[int]:
-        folder = self.root / model
-        if not folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in folder.iterdir() if VERSION.fullmatch(path.name) and path.is_dir())
+        Raises:
+            FileNotFoundError: there is no repository.
+        """
 
-    @override
+    @abstractmethod
+    def listed(self, model: str) -> Listed:
+        """Return what the names in a model's folder say; nothing, where there is no such folder."""
+
+    @abstractmethod
     def read(self, path: str) -> bytes:
-        return self._file(path).read_bytes()
+        """Return a file's bytes; raises FileNotFoundError."""
 
-    @override
+    @abstractmethod
+    def read_all(self, paths: Iterable[str]) -> dict[str, bytes | OSError]:
+        """Return the bytes of files, or why one cannot be read; raises OSError where none can be."""
+
+    @abstractmethod
     def sha256(self, path: str) -> str:
-        return manifests.sha256_of(self._file(path))
+        """Return the sha256 of a file's bytes as they lie there; raises FileNotFoundError."""
 
-    @override
+    @abstractmethod
     def files(self, model: str, version: int) -> list[str]:
-        folder = self.root / model / str(version)
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+        """Return the paths of all files of a version, below its folder."""
 
-    @override
-    def made(self, manifest: Manifest) -> datetime:
-        path = self.folder(manifest) / manifest.file
-        return datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+    @abstractmethod
+    def made(self, model: str, engines: Mapping[int, str]) -> dict[int, datetime]:
+        """Return when the engine files of versions were written, without those that are missing."""
 
-    @override
+    @abstractmethod
     def folder(self, manifest: Manifest) -> Path:
-        return self.root / manifest.model / str(manifest.version)
+        """Return the folder of a version on this machine, whose files may be opened; that may take long."""
 
-    @override
+    @abstractmethod
     def lock(self) -> AbstractContextManager[None]:
-        return self._locked()
+        """Keep other writers out, as far as that can be; readers are never kept out."""
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            with self._writing():
-                self.root.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((self.root / ".lock").open("a"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    @abstractmethod
+    def probe(self, model: str) -> None:
+        """Raise OSError if nothing can be written to a model, as far as that shows before something is."""
 
-    @override
-    def write(self, model: str, steps: Sequence[Step]) -> None:
-        with self._staged(model, steps) as put:
-            put()
+    @abstractmethod
+    def write(self, model: str, steps: Sequence[Step], *, over: Mapping[str, bytes] | None = None) -> None:
+        """Write files, each whole or not at all, in their order, once there is room for all.
 
-    @override
+        Args:
+            model: below whose folder.
+            steps: what to write.
+            over: what files of theirs must still hold, where others may write at the same time.
+
+        Raises:
+            FileNotFoundError: such a file is gone.
+        """
+
+    @abstractmethod
     def update(self, model: str, change: Callable[[ModelState], ModelState]) -> None:
-        before = self.state(model)
-        if (after := change(before)) != before:
-            self.write(model, [(f"{model}/{model_state.FILE_NAME}", after.as_json())])
+        """Replace the model's state."""
 
-    @override
+    @abstractmethod
     def begin(self, model: str) -> Draft:
-        folder = self.root / model
-        with self._writing():
-            self._make(folder)
-            version = max([self.state(model).last_version, *self.versions(model)]) + 1
-            self.update(model, lambda state: state.model_copy(update={"last_version": version}))
-            return drafts.begin(folder, model=model, version=version)
+        """Give out the next version number, never to be given again, and a draft.
 
-    @override
+        Raises:
+            FileExistsError: something that is no model of this repository is in its place.
+        """
+
+    @abstractmethod
     def stage(self, draft: Draft) -> None:
-        draft.folder.chmod(0o755)
-        atomic.flush_tree(draft.folder)
+        """Do what takes long in publishing a draft, without the lock."""
 
-    @override
+    @abstractmethod
     def publish(self, draft: Draft, steps: Sequence[Step]) -> None:
-        folder = self.root / draft.model
-        place = folder / str(draft.version)
-        if place.exists():
-            raise FileExistsError(f"{place}: appeared while it was being written; move it away and publish again")
-        with self._staged(draft.model, steps) as put:
-            self.update(draft.model, lambda state: state.model_copy(update={"published": True}))
-            draft.folder.rename(place)
-            atomic.flush(folder)
-            put()
+        """Show a staged draft to readers, then write files beside the version."""
 
-    @override
+    @abstractmethod
     def end(self, draft: Draft) -> None:
-        draft.close()
-        self.forget(draft.model)
+        """Remove what a draft that was not published has left."""
 
-    @override
+    @abstractmethod
     def remove(self, model: str, version: int) -> None:
-        folder = self.root / model
-        # The name of a hidden folder has to be new: one of a removal that was killed may still be there.
-        hidden = folder / f"{_REMOVED}{version}-{secrets.token_hex(4)}"
-        (folder / str(version)).rename(hidden)
-        atomic.flush(folder)
-        shutil.rmtree(hidden)
+        """Hide a version from readers, then remove its files."""
 
-    @override
+    @abstractmethod
     def sweep(self, model: str) -> list[str]:
-        folder = self.root / model
-        swept = drafts.sweep(folder)
-        for path in sorted(folder.glob(f"{_REMOVED}*")):
-            shutil.rmtree(path, ignore_errors=True)
-            swept.append(path.name)
-        # Files in the model's folder are written under the lock alone: one that is there now is nobody's.
-        for path in sorted(folder.glob(f"{atomic.PREFIX}*")):
-            path.unlink(missing_ok=True)
-            swept.append(path.name)
-        return swept
+        """Remove what killed processes have left of a model of ours, return its names."""
 
-    @override
+    @abstractmethod
     def forget(self, model: str) -> None:
-        folder = self.root / model
-        if not folder.is_dir() or self.versions(model) or drafts.any_in(folder) or self.state(model).published:
-            return
-        shutil.rmtree(folder)
+        """Remove what is left of a model of ours that never had a version, whose numbers may be given again."""
 
-    def _file(self, path: str) -> Path:
-        file = self.root / path
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: expected a file of the repository here, found none; export it again")
-        return file
 
-    def _make(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"{folder}: expected a model's folder, got a file; choose another name")
-        if not folder.exists():
-            folder.mkdir()
-            atomic.flush(self.root)
-        ours = (folder / model_state.FILE_NAME).exists() or self.versions(folder.name)
-        if not ours and any(path.name[0] != "." for path in folder.iterdir()):
-            raise FileExistsError(
-                f"{folder}: is there already, and is no model of this repository; choose another name, or move it away"
-            )
-
-    @contextmanager
-    def _staged(self, model: str, steps: Sequence[Step]) -> Iterator[Callable[[], None]]:
-        """Write all contents beside their places; yield what puts them there, one after the other."""
-        with ExitStack() as stack:
-            puts: list[Callable[[], None]] = []
-            for path, content in steps:
-                place = self.root / path
-                if content is None:
-                    puts.append(partial(place.unlink, missing_ok=True))
-                else:
-                    puts.append(stack.enter_context(atomic.staged(place, content, folder=self.root / model)))
-
-            def put_all() -> None:
-                for put in puts:
-                    put()
-
-            yield put_all
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Say in the user's words why nothing can be written."""
-        try:
-            yield
-        except (FileExistsError, NotADirectoryError) as error:
-            if error.errno is None:
-                raise
-            raise NotADirectoryError(
-                f"{self.root}: expected a folder for the repository, got a file on its path; choose another"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise PermissionError(
-                f"{self.root}: expected a repository that can be written to, got: {error.strerror}; choose another, or "
-                "mend its permissions"
-            ) from error
+def foreign(place: str) -> FileExistsError:
+    """Return the complaint about something in a model's place that is no model of this repository."""
+    return FileExistsError(
+        f"{place}: is there already, and is no model of this repository; choose another name, or move it away"
+    )

@@ -13,7 +13,8 @@ import typer
 from export.console import console, print_table
 
 if TYPE_CHECKING:
-    from export.repository import Repository
+    from export.manifest import Manifest
+    from export.repository import Snapshot
 
 RepositoryOption = Annotated[
     str, typer.Option("--repository", help="The model repository: a folder, s3://bucket/prefix or gs://bucket/prefix.")
@@ -44,13 +45,14 @@ def list_models(repository: RepositoryOption, *, as_json: JsonOption = False) ->
     """List every version of every model, with its aliases and its proof."""
     from export.repository import open_repository
 
-    found = open_repository(repository)
-    records = [_record(found, name, number) for name in found.models() for number in found.versions(name)]
+    seen = open_repository(repository).snapshots()
     if as_json:
-        typer.echo(json.dumps(records, indent=2))
+        typer.echo(json.dumps([record for model in seen for record in _records(model)], indent=2))
         return
-    rows = [_row(record) for record in records]
+    rows = [_row(model, number) for model in seen for number in model.versions]
     print_table(["model", "aliases", "precision", "runtime", "parity", "agreement", "sha256"], rows)
+    for why in [why for model in seen for why in (*model.damaged.values(), model.state_damage) if why]:
+        console.print(f"damaged: {why}", markup=False, soft_wrap=True)
 
 
 def show(model: VersionArgument, repository: RepositoryOption) -> None:
@@ -71,7 +73,8 @@ def verify(
 ) -> None:
     """Check every byte of a version, then complete or repeat its proof of parity on this machine.
 
-    It is served once the proof is there. Exit code 1 if parity failed, which is recorded.
+    It is served once the proof is there. Exit code 1 if parity failed, which is recorded. Where nothing can be recorded
+    only --files-only is of use.
     """
     from export import summary
     from export.command import failures
@@ -87,6 +90,7 @@ def verify(
             as_json=as_json,
         )
         return
+    found.check_writable(checked.model)  # before a long proof of which nothing could be kept
     from export import publish
 
     with failures():
@@ -130,10 +134,9 @@ def remove(
     if "@" not in model:
         raise ValueError(f"{model!r}: expected NAME@VERSION, the version to remove; `tenet models list` shows them")
     found = open_repository(repository)
-    version = found.parse(model)
-    found.remove(version, force=force)
-    record = {"model": version.manifest.model, "version": version.manifest.version}
-    _say(record, f"{version}: removed", as_json=as_json)
+    name, number = found.resolve(model)
+    found.remove(name, number, force=force)
+    _say({"model": name, "version": number}, f"{name}@{number}: removed", as_json=as_json)
 
 
 def prune(
@@ -150,21 +153,20 @@ def prune(
     """Remove old versions, and what killed processes left.
 
     What an alias points at stays, what a staying version was made from, and each model's latest servable version.
-    Without --keep and --older-than no version goes.
+    Without --keep and --older-than no version goes. What is damaged stays, and is named.
     """
     from export.repository import open_repository
 
     age = None if older_than is None else _age(older_than)
     pruned = open_repository(repository).prune(model, keep=keep, older_than=age, dry_run=dry_run)
-    record = {"versions": [str(version) for version in pruned.versions], "remains": list(pruned.remains)}
+    gone = {"versions": [str(version) for version in pruned.versions], "remains": list(pruned.remains)}
     if as_json:
-        typer.echo(json.dumps({**record, "dry_run": dry_run}, indent=2))
+        typer.echo(json.dumps({**gone, "damaged": list(pruned.damaged), "dry_run": dry_run}, indent=2))
         return
     verb = "would be removed" if dry_run else "removed"
-    for what in [*record["versions"], *record["remains"]]:
-        console.print(f"{what}: {verb}", markup=False, soft_wrap=True)
-    if not any(record.values()):
-        console.print("nothing to remove")
+    lines = [f"{what}: {verb}" for what in [*gone["versions"], *gone["remains"]]] or ["nothing to remove"]
+    for line in [*lines, *(f"damaged, and left: {why}" for why in pruned.damaged)]:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _say(record: dict[str, Any], line: str, *, as_json: bool) -> None:
@@ -174,28 +176,36 @@ def _say(record: dict[str, Any], line: str, *, as_json: bool) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _record(found: Repository, model: str, number: int) -> dict[str, Any]:
-    """Return a version's manifest with its aliases, or why it cannot be read: one that is damaged hides no other."""
-    try:
-        aliases = [alias for alias, version in found.aliases(model).items() if version == number]
-        return {**found.find(model, number).manifest.model_dump(mode="json"), "aliases": aliases}
-    except ValueError as error:
-        return {"model": model, "version": number, "error": str(error)}
+def _records(seen: Snapshot) -> list[dict[str, Any]]:
+    """Return each version's manifest with its aliases, or why it cannot be read: one that is damaged hides no other."""
+    return [
+        {**manifest.model_dump(mode="json"), **_aliases(seen, number)}
+        if (manifest := seen.manifests.get(number)) is not None
+        else {"model": seen.model, "version": number, "error": seen.damaged[number]}
+        for number in seen.versions
+    ]
 
 
-def _row(record: dict[str, Any]) -> list[str]:
-    name = f"{record['model']}@{record['version']}"
-    if "error" in record:
-        return [name, "", "", "", "damaged", "", ""]
-    proof = record["parity"]
+def _aliases(seen: Snapshot, number: int) -> dict[str, Any]:
+    if seen.state_damage:
+        return {"aliases": None, "aliases_error": seen.state_damage}
+    return {"aliases": seen.aliases_of(number)}
+
+
+def _row(seen: Snapshot, number: int) -> list[str]:
+    manifest: Manifest | None = seen.manifests.get(number)
+    name, aliases = f"{seen.model}@{number}", "damaged" if seen.state_damage else ", ".join(seen.aliases_of(number))
+    if manifest is None:
+        return [name, aliases, "", "", "damaged", "", ""]
+    agreement = manifest.parity.agreement
     return [
         name,
-        ", ".join(record["aliases"]),
-        record["precision"],
-        record["runtime"],
-        _status(proof["status"]),
-        "" if proof["agreement"] is None else f"{proof['agreement']:.2%}",
-        record["sha256"][:12],
+        aliases,
+        manifest.precision,
+        manifest.runtime,
+        _status(manifest.parity.status),
+        "" if agreement is None else f"{agreement:.2%}",
+        manifest.sha256[:12],
     ]
 
 

@@ -65,11 +65,11 @@ def _promote(repository: Repository) -> None:
 
 
 def _remove(repository: Repository) -> None:
-    repository.remove(repository.find("pets", 2))
+    repository.remove("pets", 2)
 
 
 def _remove_aliased(repository: Repository) -> None:
-    repository.remove(repository.find("pets", 1), force=True)
+    repository.remove("pets", 1, force=True)
 
 
 def _prune(repository: Repository) -> None:

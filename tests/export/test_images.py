@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from export import images
+from export.images import Share
 from training import checkpoint, datasets
 
 SHAPE = (3, 16, 16)
@@ -28,7 +29,7 @@ def _levels(chosen: images.ImageSet) -> list[int]:
 
 def test_a_folder_s_images_are_shuffled_resized_and_named(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "pets")
-    chosen = images.from_folder(folder, count=9, image_shape=SHAPE, class_names=("bird", "cat", "dog"))
+    chosen = images.from_folder(folder, share=Share(9), image_shape=SHAPE, class_names=("bird", "cat", "dog"))
     assert chosen.images.shape == (9, *SHAPE)
     assert chosen.record.description == "images of pets"
     assert chosen.labels is not None
@@ -41,28 +42,41 @@ def test_a_folder_s_images_are_shuffled_resized_and_named(tmp_path: Path) -> Non
     assert {1, 2} == set(chosen.labels)
 
 
-def test_labels_are_unknown_where_folders_are_no_classes(tmp_path: Path) -> None:
-    chosen = images.from_folder(_folder(tmp_path), count=4, image_shape=SHAPE, class_names=("0", "1"))
+def test_labels_are_unknown_where_a_folder_is_no_class(tmp_path: Path) -> None:
+    chosen = images.from_folder(_folder(tmp_path), share=Share(4), image_shape=SHAPE, class_names=("cat", "cow"))
     assert chosen.labels is None
+    assert chosen.record.description.endswith("(no accuracy: 'dog' is no class of the model)")
 
 
-def test_a_calibration_takes_other_images_than_the_proof_while_there_are_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("proof", "calibration", "sizes"), [(8, 4, (8, 4)), (16, 8, (8, 4)), (90, 10, (11, 1))])
+def test_a_calibration_takes_other_images_than_the_proof(
+    tmp_path: Path, proof: int, calibration: int, sizes: tuple[int, int]
+) -> None:
     folder = _folder(tmp_path)
+    share = Share(proof, calibration)
+    parts = [
+        images.from_folder(
+            folder, share=share, image_shape=SHAPE, class_names=("cat", "dog"), to_calibrate=to_calibrate
+        )
+        for to_calibrate in (False, True)
+    ]
+    assert (len(parts[0]), len(parts[1])) == sizes
+    assert not set(parts[0].names) & set(parts[1].names)
+    assert "own" not in parts[1].record.description
 
-    def chosen(count: int, after: int = 0) -> images.ImageSet:
-        return images.from_folder(folder, count=count, image_shape=SHAPE, class_names=("cat", "dog"), after=after)
 
-    proof = chosen(8)
-    assert not set(proof.names) & set(chosen(4, after=8).names)
-    few = chosen(8, after=8)
-    assert len(few) == 8
-    assert few.record.description.endswith(", some of the proof among them")
+def test_one_image_serves_both_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "cat" / "0.png")
+    chosen = images.from_folder(tmp_path, share=Share(5, 5), image_shape=SHAPE, class_names=("cat",), to_calibrate=True)
+    assert chosen.record.description.endswith(", the proof's own")
 
 
 def test_the_hash_is_of_the_pixels(tmp_path: Path) -> None:
     one, other = _folder(tmp_path / "one"), _folder(tmp_path / "other", base=51)
     records = [
-        images.from_folder(folder, count=12, image_shape=SHAPE, class_names=()).record for folder in (one, one, other)
+        images.from_folder(folder, share=Share(12), image_shape=SHAPE, class_names=()).record
+        for folder in (one, one, other)
     ]
     assert records[0].sha256 == records[1].sha256 != records[2].sha256
 
@@ -71,13 +85,13 @@ def test_images_of_another_size_than_an_oblong_input_are_refused(tmp_path: Path)
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (30, 24)).save(tmp_path / "cat" / "0.png")
     with pytest.raises(ValueError, match=r"expected 3 x 16 x 20 \(channels, height, width\), got 3 x 24 x 30"):
-        images.from_folder(tmp_path, count=1, image_shape=(3, 16, 20), class_names=("cat",))
+        images.from_folder(tmp_path, share=Share(1), image_shape=(3, 16, 20), class_names=("cat",))
 
 
 def test_an_input_of_one_channel_gets_grey_images(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / "cat" / "0.png")
-    chosen = images.from_folder(tmp_path, count=1, image_shape=(1, 16, 16), class_names=("cat",))
+    chosen = images.from_folder(tmp_path, share=Share(1), image_shape=(1, 16, 16), class_names=("cat",))
     assert chosen.images.shape == (1, 1, 16, 16)
     assert round(float(chosen.images.mean() * 255)) == Image.new("RGB", (1, 1), (200, 30, 90)).convert("L").getpixel(
         (0, 0)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from export import manifest
 
@@ -75,3 +76,31 @@ def test_a_manifest_that_was_edited_is_refused(own_models: Repository) -> None:
 def test_a_manifest_survives_its_own_file(own_models: Repository) -> None:
     version = own_models.find("digits-int8")
     assert manifest.from_json(version.manifest.as_json(), source="here") == version.manifest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"/etc/passwd": "0"}},
+        {"files": {"../other": "0"}},
+        {"files": {"a\\b": "0"}},
+        {"twin": {"folder": "/tmp", "file": "w", "sha256": "0"}},
+        {"twin": {"folder": "checkpoint", "file": "../w", "sha256": "0"}},
+        {"build": {"onnx": "../source.onnx"}},
+        {"build": {"log": "/tmp/build.log"}},
+    ],
+    ids=str,
+)
+def test_no_path_leads_out_of_the_version(change: dict[str, object], own_models: Repository) -> None:
+    record = own_models.find("digits").manifest.model_dump(mode="json")
+    with pytest.raises(ValidationError, match="expected a path below the version's folder, got"):
+        manifest.Manifest.model_validate({**record, **change})
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_batch": 0}, {"max_batch": 2**31}, {"version": 0}, {"version": 10**18}], ids=str
+)
+def test_numbers_are_those_that_servers_can_hold(change: dict[str, int], own_models: Repository) -> None:
+    record = own_models.find("digits").manifest.model_dump(mode="json")
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        manifest.Manifest.model_validate({**record, **change})

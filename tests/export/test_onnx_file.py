@@ -172,6 +172,33 @@ def test_constants_shorter_than_their_shape_are_refused_by_name(tmp_path: Path) 
         onnx_file.load(_saved(model, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("scores = Flatten (features)", "fp32"),
+        ("codes = Cast <to = 10> (features) wide = Cast <to = 1> (codes) scores = Flatten (wide)", "fp32"),
+        ("codes = QuantizeLinear (features, scale) back = DequantizeLinear (codes, scale) scores = Flatten (back)",
+         "int8"),
+        ("flat = Flatten (features) codes, by, zero = DynamicQuantizeLinear (flat) sums = MatMulInteger (codes, codes) "
+         "scores = Cast <to = 1> (sums)", "int8"),
+    ],
+)  # fmt: skip
+def test_the_precision_of_a_file_is_that_of_its_arithmetic(body: str, expected: str) -> None:
+    text = _TEXT.replace("scores = Flatten (features)", body)
+    assert onnx_file.precision_of(_model(text, scale=np.array(0.1, np.float32))) == expected
+
+
+def test_a_file_of_fp16_is_one_by_most_of_its_weights() -> None:
+    model = _model()
+    (kernel,) = (tensor for tensor in model.graph.initializer if tensor.name == "kernel")
+    half = onnx.numpy_helper.to_array(kernel).astype(np.float16)
+    kernel.CopyFrom(onnx.numpy_helper.from_array(half, "kernel"))
+    assert onnx_file.precision_of(model) == "fp16"
+    # As many in fp32 again.
+    model.graph.initializer.append(onnx.numpy_helper.from_array(half.astype(np.float32), "other"))
+    assert onnx_file.precision_of(model) == "fp32"
+
+
 def test_initialisers_are_no_inputs_where_old_files_list_them(tmp_path: Path) -> None:
     model = _model(_TEXT.replace('"" : 20', '"" : 9'))
     model.ir_version = 3

@@ -101,6 +101,23 @@ def test_another_share_can_be_allowed() -> None:
         lax.allowing(2.0)
 
 
+def test_probabilities_of_many_classes_are_held_to_their_own_size() -> None:
+    expected = np.full((4, 4), 1e-3, dtype=np.float32)
+    limits = parity.Limits(disagreement=1.0, logit_difference=1e-2)
+    for output, status in (("logits", "passed"), ("probabilities", "failed")):
+        result = parity.compare(
+            expected / 2, expected, reference="s", images=_images(), limits=limits, class_names=NAMES, output=output
+        )
+        assert result.status == status, output
+
+
+def test_too_few_images_to_see_the_limit_are_named() -> None:
+    few = _compare(EXPECTED, limits=parity.Limits(disagreement=0.01, logit_difference=None))
+    assert few.status == "passed"
+    assert few.explanation == "one of 4 images is already more than the 1.00% allowed: too few to see less"
+    assert not _compare(EXPECTED).explanation
+
+
 def test_no_images_are_no_proof() -> None:
     with pytest.raises(ValueError, match="expected two equal, non-empty shapes for 4 images"):
         _compare(EXPECTED[:0])

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from export import precision
+from export import precision, sensitivity
 from tests.export import networks
 from tests.export.networks import NETWORKS
 
@@ -113,6 +113,21 @@ def test_activations_beyond_fp16_stay_in_fp32_where_images_show_them(tmp_path: P
     assert values[_node(graph, "size").output[0]].type.tensor_type.elem_type == TensorProto.FLOAT
 
 
+def test_activations_near_the_end_of_fp16_stay_in_fp32_too(tmp_path: Path) -> None:
+    """Other images are brighter than those seen: nothing may become infinite."""
+    net = networks.Network()
+    doubled = net.node("Conv", "images", net.constant(2 * np.eye(3, dtype=np.float32)[:, :, None, None]))
+    raised = net.node("Mul", net.node("Relu", doubled), net.constant(np.float32(60000.0)), name="up")
+    lowered = net.node("Mul", raised, net.constant(np.float32(1e-4)), name="down")
+    source = networks.saved(net.model(net.head(net.convolution(lowered, 3, 8), 8)), tmp_path)
+    images = networks.images(16)
+    # 48,000 at most, and 120,000 for white.
+    seen = images * np.float32(0.4 / images.max())
+    answers = sensitivity.fp16_answers(source, inputs=images, calibration_inputs=seen)
+    expected = _answers(source, images)
+    np.testing.assert_allclose(answers, expected, atol=0.02 * np.abs(expected).max())
+
+
 def test_nodes_that_are_kept_compute_in_fp32_without_a_detour(tmp_path: Path) -> None:
     """Two that share an input, and one behind them: no value between them passes through fp16."""
     net = networks.Network()
@@ -166,6 +181,32 @@ def test_int8_for_cpus_has_u8_activations_and_s8_weights_per_channel(tmp_path: P
     for name in ("Conv_2", "Gemm_18"):
         assert constants[_node(graph, name).input[1]].dtype == np.float32
     assert _maker(graph, _node(graph, "Mul_1").input[0]) == "Add"
+
+
+def test_residual_sums_of_a_transformer_stay_in_fp32_on_cpus(tmp_path: Path) -> None:
+    source, path = networks.saved(networks.attention(), tmp_path), tmp_path / "int8.onnx"
+    kept = precision.int8_from_onnx(source, path, inputs=networks.images(16))
+    graph = _graph(path)
+    makers = {name: node for node in graph.node for name in node.output}
+    around = [node for node in graph.node if node.op_type in {"Add", "LayerNormalization", "ReduceMean", "Softmax"}]
+    assert len(around) == 6
+    for name in (name for node in around for name in node.input if _maker(graph, name) == "DequantizeLinear"):
+        # A product's own answer is in 8 bits; no sum is, though the next product reads it in 8.
+        assert _maker(graph, makers[makers[name].input[0]].input[0]) == "MatMul"
+    products = [node for node in graph.node if node.op_type == "MatMul" and node.name not in kept]
+    assert len(products) == 7
+    for node in products:
+        assert [_maker(graph, name) for name in node.input] == ["DequantizeLinear"] * 2
+
+
+def test_residual_sums_between_convolutions_stay_in_int8(tmp_path: Path) -> None:
+    source, path = networks.saved(networks.residual(), tmp_path), tmp_path / "int8.onnx"
+    precision.int8_from_onnx(source, path, inputs=networks.images(16))
+    graph = _graph(path)
+    between = [node for node in graph.node if node.op_type in {"Add", "Concat"} and node.name != "Add_0"]
+    assert len(between) == 2
+    for node in between:
+        assert {_maker(graph, name) for name in node.input} == {"DequantizeLinear"}
 
 
 def test_int8_for_tensorrt_is_symmetric_and_every_layer_has_its_own_pair(tmp_path: Path) -> None:
@@ -259,6 +300,15 @@ def test_a_file_that_onnxruntime_cannot_take_is_refused(tmp_path: Path) -> None:
     model.graph.node[-1].op_type = "NoSuchOperator"
     with pytest.raises(ValueError, match=r"source.onnx: ONNX Runtime cannot take it: .*NoSuchOperator"):
         precision.fp16_from_onnx(networks.saved(model, tmp_path), tmp_path / "fp16.onnx")
+
+
+def test_a_file_that_is_int8_already_is_refused_in_one_line(tmp_path: Path) -> None:
+    source, path = networks.saved(networks.residual(), tmp_path), tmp_path / "int8.onnx"
+    precision.int8_from_onnx(source, path, inputs=networks.images(8))
+    with pytest.raises(ValueError, match=r"int8\.onnx: what was made of it is not a valid graph: .*fp32 file$") as told:
+        precision.int8_from_onnx(path, tmp_path / "twice.onnx", inputs=networks.images(8))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "twice.onnx").exists()
 
 
 _MAKE = """

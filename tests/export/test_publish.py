@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from export import manifest as manifests
-from export import onnx_graph, parity, publish, twin
+from export import onnx_graph, parity, precision, publish, twin
 from export.engines import open_engine
 from export.mapping import Mapping
 from export.parity import ParityFailed
 from export.publish import Form, Terms
+from export.variant import Variant, publish_variant
 from training import augment, checkpoint, datasets
 
 if TYPE_CHECKING:
@@ -145,6 +146,19 @@ def test_a_proof_can_be_completed_later(own_models: Repository) -> None:
         assert publish.verify(own_models.find(name), repository=own_models).manifest == version.manifest
 
 
+def test_a_proof_on_images_is_not_replaced_by_one_on_noise(
+    own_models: Repository, tmp_path: Path, digit_folder: Path
+) -> None:
+    path = tmp_path / "theirs.onnx"
+    path.write_bytes((own_models.find("digits").folder / "model.onnx").read_bytes())
+    version = publish.publish_onnx(
+        path, repository=own_models, name="theirs", mapping=Mapping(), terms=Terms(images=digit_folder)
+    )
+    with pytest.raises(ValueError, match=r"its proof was on 120 images of .*, and there are none here; name a folder"):
+        publish.verify(version, repository=own_models)
+    assert publish.verify(version, repository=own_models, images=digit_folder).manifest == version.manifest
+
+
 def test_a_flipped_byte_in_any_file_is_noticed(own_models: Repository) -> None:
     version = own_models.find("digits")
     for path in sorted(path for path in version.folder.rglob("*") if path.is_file()):
@@ -226,7 +240,7 @@ def test_anybody_s_onnx_is_proved_against_itself(digits_run: Path, own_models: R
         expected = checkpoint.load(digits_run).model(torch.from_numpy(images)).numpy()
         np.testing.assert_allclose(engine.classify(images), expected, atol=1e-3)
     path.unlink()
-    assert publish.verify(version, repository=own_models).manifest.parity.reference == "the imported file"
+    assert publish.verify(version, repository=own_models).manifest == manifest
 
 
 def test_a_file_that_is_no_classifier_publishes_nothing(own_models: Repository, tmp_path: Path) -> None:
@@ -234,3 +248,18 @@ def test_a_file_that_is_no_classifier_publishes_nothing(own_models: Repository, 
     with pytest.raises(ValueError, match=r"empty\.onnx"):
         publish.publish_onnx(tmp_path / "empty.onnx", repository=own_models, name="x", mapping=Mapping())
     assert not (own_models.folder / "x").exists()
+
+
+def test_a_file_that_is_rounded_already_is_imported_as_that(own_models: Repository, tmp_path: Path) -> None:
+    source = own_models.find("digits").folder / "model.onnx"
+    half, small = tmp_path / "half.onnx", tmp_path / "small.onnx"
+    precision.fp16_from_onnx(source, half)
+    precision.int8_from_onnx(source, small, inputs=_digits(64))
+    for path, kind in ((half, "fp16"), (small, "int8")):
+        version = publish.publish_onnx(path, repository=own_models, name=kind, mapping=Mapping())
+        assert version.manifest.precision == kind
+        assert version.manifest.parity.limits == {"disagreement": 0.005, "logit_difference": 0.001}
+        assert publish.verify(version, repository=own_models).manifest == version.manifest
+        other: manifests.Precision = "int8" if kind == "fp16" else "fp16"
+        with pytest.raises(ValueError, match=f"this one is {kind}; import a file of fp32"):
+            publish_variant(version, repository=own_models, name="x", variant=Variant(other))

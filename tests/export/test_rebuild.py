@@ -328,6 +328,19 @@ def test_a_plan_of_elsewhere_is_refused_or_built_again_and_then_found(elsewhere:
 
 
 @pytest.mark.gpu
+def test_a_plan_that_the_runtime_refuses_though_its_manifest_fits_is_built_again(
+    elsewhere: Path, tmp_path: Path
+) -> None:
+    manifest = manifests.read(elsewhere)
+    requires = Requirements(runtime=f"=={requirements.Machine.here().runtimes[manifest.runtime]}")
+    (elsewhere / manifests.FILE_NAME).write_bytes(manifest.model_copy(update={"requires": requires}).as_json())
+    with pytest.raises(CannotRunHere, match="expected a plan that tensorrt"):
+        open_engine(elsewhere, cache=tmp_path / "cache")
+    with open_engine(elsewhere, rebuild="auto", cache=tmp_path / "cache") as engine:
+        assert engine.manifest.parity.status == "passed"
+
+
+@pytest.mark.gpu
 def test_what_was_not_proved_is_not_proved_by_noise(elsewhere: Path, tmp_path: Path) -> None:
     manifest = manifests.read(elsewhere).model_copy(update={"parity": Parity(status="failed", reference="a@1")})
     place = rebuild.rebuilt(elsewhere, manifest, cache=tmp_path / "cache")

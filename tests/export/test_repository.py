@@ -4,20 +4,20 @@ import multiprocessing
 import os
 import resource
 import shutil
-import subprocess
 import threading
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from export.manifest import Images, Manifest, Parity, Requirements, Source, TensorSpec, sha256_of
+from export.manifest import FILE_NAME, Images, Manifest, Parity, Requirements, Source, TensorSpec, Twin, sha256_of
 from export.repository import Draft, Repository, TwinFiles, Version, open_repository
+from export.store.folder import FolderStorage
 from export.store.model_state import ModelState
+from tests.export.disks import read_only, small_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 _WHY = "a class was lost"
@@ -82,40 +82,6 @@ def _publish_often(folder: Path, times: int) -> None:
 
 def _tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _mount(*arguments: str) -> None:
-    if shutil.which("mount") is None or subprocess.run(["mount", *arguments], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-
-
-@contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
-    """A real file system of 256 KiB."""
-    place.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place))
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-@contextmanager
-def read_only(place: Path) -> Iterator[None]:
-    """Make a folder one that cannot be written to, by root neither."""
-    if os.geteuid() == 0:
-        _mount("--bind", str(place), str(place))
-        try:
-            _mount("-o", "remount,bind,ro", str(place))
-            yield
-        finally:
-            subprocess.run(["umount", str(place)], check=True)
-        return
-    place.chmod(0o555)
-    try:
-        yield
-    finally:
-        place.chmod(0o755)
 
 
 @pytest.fixture
@@ -252,9 +218,9 @@ class TestAliases:
 class TestRemove:
     def test_a_number_is_not_given_again_after_the_newest_or_all_are_removed(self, repository: Repository) -> None:
         publish(repository)
-        repository.remove(publish(repository))
+        repository.remove("pets", publish(repository).manifest.version)
         assert repository.versions("pets") == [1]
-        repository.remove(repository.find("pets"))
+        repository.remove("pets", 1)
         assert repository.models() == []
         assert (repository.folder / "pets" / "model.json").is_file()
         assert str(publish(repository)) == "pets@3"
@@ -264,8 +230,8 @@ class TestRemove:
         repository.promote(version, "canary")
         repository.promote(version)
         with pytest.raises(ValueError, match="pets@1: not removed, because its alias points at it: canary, stable"):
-            repository.remove(version)
-        repository.remove(version, force=True)
+            repository.remove(version.manifest.model, version.manifest.version)
+        repository.remove(version.manifest.model, version.manifest.version, force=True)
         assert repository.versions("pets") == []
         publish(repository)
         assert repository.aliases("pets") == {}
@@ -274,17 +240,17 @@ class TestRemove:
         source = publish(repository)
         variant = publish(repository, "pets-int8", source=source)
         with pytest.raises(ValueError, match=r"not removed, because others were made from it.*: pets-int8@1"):
-            repository.remove(source)
-        repository.remove(variant)
-        repository.remove(source)
+            repository.remove(source.manifest.model, source.manifest.version)
+        repository.remove(variant.manifest.model, variant.manifest.version)
+        repository.remove(source.manifest.model, source.manifest.version)
         assert repository.models() == []
 
     def test_what_is_gone_already_is_said(self, repository: Repository) -> None:
         version = publish(repository)
         publish(repository)
-        repository.remove(version)
+        repository.remove(version.manifest.model, version.manifest.version)
         with pytest.raises(FileNotFoundError, match="no version 1; its versions are: 2"):
-            repository.remove(version)
+            repository.remove(version.manifest.model, version.manifest.version)
 
 
 class TestPrune:
@@ -354,6 +320,203 @@ class TestPrune:
         assert not folder.exists()
 
 
+class TestForeign:
+    """What lies in a repository's folder, and is no model of it, is neither read, nor written, nor removed."""
+
+    @pytest.fixture
+    def home(self, repository: Repository) -> Path:
+        """A home folder in which somebody has published a model."""
+        for path, content in {
+            "Documents/thesis/chapter.tex": "x",
+            "src/main.py": "x",
+            "keras/model.json": "{}",
+            "notes/1/page.txt": "x",
+            "scans/.writing-desk/scan.png": "x",
+            "resnet/config.pbtxt": 'name: "resnet"',
+            "resnet/1/model.onnx": "x",
+            "app/1/manifest.json": "{}",
+        }.items():
+            place = repository.folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(content)
+        (repository.folder / "empty").mkdir()
+        for _ in range(2):
+            publish(repository)
+        return repository.folder
+
+    def test_prune_leaves_it_alone(self, home: Path) -> None:
+        before = _tree(home)
+        pruned = Repository(home).prune(keep=1)
+        assert [str(version) for version in pruned.versions] == ["pets@1"]
+        assert (pruned.remains, pruned.damaged) == ((), ())
+        after = _tree(home)
+        assert {path for path in before if before[path] != after.get(path)} == {
+            "pets/config.pbtxt", *(path for path in before if path.startswith("pets/1/"))
+        }  # fmt: skip
+        assert (home / "empty").is_dir()
+
+    def test_nobody_takes_it_for_a_model(self, home: Path) -> None:
+        repository = Repository(home)
+        assert repository.models() == ["pets"]
+        assert [str(version) for version in repository.readable()] == ["pets@1", "pets@2"]
+        assert repository.versions("resnet") == []
+        with pytest.raises(FileNotFoundError, match="'resnet': not in"):
+            repository.find("resnet")
+        for name in ("resnet", "keras", "app"):
+            with pytest.raises(FileExistsError, match="is there already, and is no model of this repository"):
+                publish(repository, name)
+
+    def test_a_copied_model_is_none_and_the_original_stays(self, repository: Repository) -> None:
+        repository.promote(publish(repository))
+        publish(repository)
+        shutil.copytree(repository.folder / "pets", repository.folder / "pets-copy")
+        with pytest.raises(ValueError, match=r"pets-copy/1: its manifest is that of pets@1; a copied folder"):
+            repository.find("pets-copy", 1)
+        pruned = repository.prune(keep=1)
+        assert pruned.versions == ()
+        assert [why.partition(":")[0] for why in pruned.damaged] == ["pets-copy@1", "pets-copy@2"]
+        repository.remove("pets-copy", 1, force=True)
+        assert (repository.versions("pets"), repository.versions("pets-copy")) == ([1, 2], [2])
+        assert repository.aliases("pets") == {"stable": 1}
+        repository.check(repository.find("pets", 1))
+
+    def test_what_somebody_puts_into_a_draft_s_folder_outlives_it(self, repository: Repository) -> None:
+        def fail() -> None:
+            with repository.draft("pets"):
+                (repository.folder / "pets" / "notes.txt").touch()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert [path.name for path in (repository.folder / "pets").iterdir()] == ["notes.txt"]
+
+    @pytest.mark.parametrize("location", ["", " ", "file://"])
+    def test_an_empty_location_is_not_the_working_folder(self, location: str) -> None:
+        with pytest.raises(ValueError, match=r"repository: expected a folder, s3://.*, got"):
+            open_repository(location)
+
+
+class _Watched(FolderStorage):
+    """A folder in which something happens, once, just before a manifest is read."""
+
+    def __init__(self, root: Path, happens: Callable[[], object]) -> None:
+        super().__init__(root)
+        self._happens = [happens]
+
+    def read(self, path: str) -> bytes:
+        if path.endswith(FILE_NAME) and self._happens:
+            self._happens.pop()()
+        return super().read(path)
+
+
+class TestDamage:
+    def test_a_damaged_version_is_listed_kept_and_removed(self, repository: Repository) -> None:
+        first, second, _ = [publish(repository) for _ in range(3)]
+        (first.folder / FILE_NAME).write_text("{")
+        (second.folder / FILE_NAME).unlink()
+        (seen,) = repository.snapshots()
+        assert (list(seen.manifests), list(seen.damaged)) == ([3], [1, 2])
+        with pytest.raises(FileNotFoundError, match="pets/2: expected a manifest here, found none: it is damaged"):
+            repository.find("pets", 2)
+        pruned = repository.prune(keep=1)
+        assert pruned.versions == ()
+        assert [why.partition(":")[0] for why in pruned.damaged] == ["pets@1", "pets@2"]
+        for number in (1, 2):
+            repository.remove("pets", number)
+        assert repository.versions("pets") == [3]
+
+    def test_an_alias_guards_a_damaged_version_as_well(self, repository: Repository) -> None:
+        version = publish(repository)
+        repository.promote(version)
+        (version.folder / FILE_NAME).write_text("{")
+        with pytest.raises(ValueError, match="its alias points at it: stable"):
+            repository.remove("pets", 1)
+        repository.remove("pets", 1, force=True)
+        assert repository.models() == []
+
+    def test_where_aliases_are_damaged_nothing_goes_but_by_force(self, repository: Repository) -> None:
+        for model in ("cats", "pets"):
+            publish(repository, model)
+            publish(repository, model)
+        (repository.folder / "pets" / "model.json").write_text("{}")
+        pruned = repository.prune(keep=1)
+        assert [str(version) for version in pruned.versions] == ["cats@1"]
+        assert [why.partition(":")[0] for why in pruned.damaged] == ["pets"]
+        with pytest.raises(ValueError, match=r"model\.json: expected the aliases .* or remove pets@1 with --force"):
+            repository.remove("pets", 1)
+        repository.remove("pets", 1, force=True)
+        assert repository.versions("pets") == [2]
+
+    def test_a_version_without_its_engine_is_named_and_stays(self, repository: Repository) -> None:
+        old, *_ = [publish(repository) for _ in range(2)]
+        (old.folder / "model.onnx").unlink()
+        pruned = repository.prune(older_than=timedelta(0))
+        assert pruned.versions == ()
+        assert pruned.damaged == ("pets@1: its engine file is missing",)
+
+    @pytest.mark.parametrize("content", [b"[" * 200_000, b'{"a":' * 200_000, b" " * (9 << 20)])
+    def test_a_file_that_no_reader_can_hold_keeps_nobody_from_publishing(
+        self, content: bytes, repository: Repository
+    ) -> None:
+        (publish(repository).folder / FILE_NAME).write_bytes(content)
+        with pytest.raises(ValueError, match=r"manifest\.json: expected (JSON|at most 8 MiB)"):
+            repository.find("pets", 1)
+        assert str(publish(repository)) == "pets@2"
+        (repository.folder / "pets" / "model.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.json: expected the aliases"):
+            publish(repository)
+
+    def test_what_vanishes_while_it_is_read_is_asked_for_again(self, repository: Repository) -> None:
+        first, _, third = [publish(repository) for _ in range(3)]
+        repository.promote(third)
+
+        def move() -> None:
+            repository.promote(first)
+            repository.remove("pets", 3)
+
+        assert str(Repository(_Watched(repository.folder, move)).parse("pets@stable")) == "pets@1"
+        latest = Repository(_Watched(repository.folder, lambda: repository.remove("pets", 2)))
+        assert str(latest.parse("pets")) == "pets@1"
+        publish(repository)
+        vanishing = Repository(_Watched(repository.folder, lambda: repository.remove("pets", 4)))
+        (seen,) = vanishing.snapshots()
+        assert (seen.versions, seen.damaged) == ([1], {})
+
+
+class TestLinks:
+    """A version may lie on another disk, with a link in its place."""
+
+    def test_the_link_is_removed_and_what_it_points_at_is_not(self, repository: Repository, tmp_path: Path) -> None:
+        version = publish(repository)
+        shutil.move(version.folder, tmp_path / "elsewhere")
+        version.folder.symlink_to(tmp_path / "elsewhere")
+        assert repository.check(repository.find("pets")) == version.manifest
+        repository.remove("pets", 1)
+        assert repository.models() == []
+        assert (tmp_path / "elsewhere" / "model.onnx").is_file()
+        assert [path.name for path in (repository.folder / "pets").glob(".*")] == []
+
+    def test_a_link_to_a_folder_is_one_file_too_many(self, repository: Repository, tmp_path: Path) -> None:
+        version = publish(repository)
+        (version.folder / "more").symlink_to(tmp_path)
+        with pytest.raises(ValueError, match="1/more: expected the files of the manifest alone, got one more"):
+            repository.check(version)
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"), [(0o077, 0o700, 0o600), (0o022, 0o755, 0o644), (0o002, 0o775, 0o664)]
+)
+def test_who_may_read_a_version_is_up_to_the_umask(umask: int, folder: int, file: int, repository: Repository) -> None:
+    before = os.umask(umask)
+    try:
+        publish(repository)
+    finally:
+        os.umask(before)
+    below = [path for path in repository.folder.rglob("*") if path.name != ".lock"]
+    assert {path.stat().st_mode & 0o777 for path in below if path.is_dir()} == {folder}
+    assert {path.stat().st_mode & 0o777 for path in below if path.is_file()} == {file}
+
+
 class TestCheck:
     def test_a_flipped_bit_in_any_file_is_noticed(self, repository: Repository) -> None:
         version = publish(repository)
@@ -384,13 +547,13 @@ class TestCheck:
     def test_a_version_copied_to_another_number_is_noticed(self, repository: Repository) -> None:
         version = publish(repository)
         shutil.copytree(version.folder, version.folder.parent / "2")
-        with pytest.raises(ValueError, match="is the manifest of pets@1"):
+        with pytest.raises(ValueError, match="its manifest is that of pets@1"):
             repository.check(Version(version.manifest.model_copy(update={"version": 2}), version.place))
 
     def test_prune_writes_again_what_triton_reads(self, repository: Repository) -> None:
         version = publish(repository)
         (repository.folder / "pets" / "config.pbtxt").write_text("")
-        with pytest.raises(ValueError, match=r"config.pbtxt: .*`tenet models prune` writes it again"):
+        with pytest.raises(ValueError, match=r"config.pbtxt: .*`tenet models prune` writes it anew"):
             repository.check(version)
         repository.prune()
         repository.check(version)
@@ -454,7 +617,11 @@ class TestBadPlaces:
                 publish(repository)
             with pytest.raises(PermissionError, match="expected a repository that can be written to"):
                 repository.promote(repository.find("pets"))
+            with pytest.raises(PermissionError, match="expected a repository that can be written to"):
+                repository.check_writable("pets")
             assert repository.find("pets").manifest.version == 1
+        assert _tree(repository.folder) == before
+        repository.check_writable("pets")
         assert _tree(repository.folder) == before
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
@@ -474,7 +641,7 @@ class TestBadPlaces:
             with pytest.raises(OSError, match=r"nothing was published; make room and publish again"):
                 publish(repository, "dogs")
             # Room is made by a removal, for which there is none.
-            repository.remove(version, force=True)
+            repository.remove(version.manifest.model, version.manifest.version, force=True)
             assert repository.models() == []
             (disk / "ballast").unlink()
             assert str(publish(repository)) == "pets@2"
@@ -496,7 +663,7 @@ class TestBadPlaces:
 def test_a_removed_version_takes_no_proof(repository: Repository) -> None:
     version = publish(repository)
     publish(repository)
-    repository.remove(version)
+    repository.remove(version.manifest.model, version.manifest.version)
     with pytest.raises(FileNotFoundError, match="no version 1"):
         repository.record_proof(version, version.manifest.parity)
 
@@ -532,3 +699,47 @@ def test_a_checkpoint_that_was_exchanged_is_not_taken_for_the_twin(own_models: R
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="expected digits@1's checkpoint here, found none"):
         own_models.twin_of(version)
+
+
+@pytest.mark.parametrize("name", ["run.json", "more.json"])
+def test_a_twin_s_other_files_are_checked_as_well(name: str, own_models: Repository) -> None:
+    """They say which code is imported."""
+    version = own_models.find("digits")
+    twin = own_models.twin_of(version)
+    assert twin is not None
+    (twin.folder / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{name}: expected"):
+        own_models.twin_of(version)
+
+
+def test_versions_that_were_made_from_each_other_have_no_twin(repository: Repository) -> None:
+    first, second = publish(repository), publish(repository)
+    for version, source in ((first, second), (second, first)):
+        made_from = Source(model="pets", version=source.manifest.version, sha256=source.manifest.sha256)
+        changed = version.manifest.model_copy(update={"source": made_from})
+        (version.folder / FILE_NAME).write_bytes(changed.as_json())
+    with pytest.raises(ValueError, match="pets@1: expected a source that was made before it, got a circle"):
+        repository.twin_of(repository.find("pets", 1))
+
+
+def test_a_twin_outside_of_the_repository_is_not_followed(repository: Repository, tmp_path: Path) -> None:
+    version = publish(repository)
+    (tmp_path / "weights").touch()
+    for folder in (str(tmp_path), "../../.."):
+        twin = Twin.model_construct(folder=folder, file="weights", sha256=sha256_of(tmp_path / "weights"))
+        (version.folder / FILE_NAME).write_bytes(version.manifest.model_copy(update={"twin": twin}).as_json())
+        with pytest.raises(ValueError, match=r"twin\.folder: .*expected a path below the version's folder"):
+            repository.twin_of(repository.find("pets"))
+
+
+def test_the_files_of_a_version_are_asked_for_once(repository: Repository) -> None:
+    version, asked = publish(repository), []
+
+    def place(manifest: Manifest) -> Path:
+        asked.append(manifest)
+        return repository.folder
+
+    found = Version(version.manifest, place)
+    assert [found.folder, found.folder] == [repository.folder] * 2
+    assert len(asked) == 1
+    assert found == version

@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from export import precision, sensitivity
+from export.engines import ort
 from export.graph import preparation
 from tests.export import networks
 
@@ -150,6 +151,25 @@ def test_fp16_answers_show_the_rounding_that_a_cpu_leaves_out(tmp_path: Path) ->
     assert sensitivity.disagreement(on_cpu, expected) < 0.02
     assert sensitivity.disagreement(rounded, expected) > 0.1
     assert sensitivity.disagreement(mended, expected) < 0.02
+
+
+def test_int8_for_tensorrt_is_measured_as_it_stands(tmp_path: Path) -> None:
+    """ONNX Runtime would add pairs of its own around what stays in fp32, which TensorRT does not have."""
+    source, images = networks.saved(networks.residual(), tmp_path), networks.images(32)
+    seen: list[Logits] = []
+
+    def acceptable(answers: Logits, expected: Logits) -> bool:
+        seen.append(answers)
+        return _near(answers, expected)
+
+    sensitivity.bisect(
+        source, precision="int8", inputs=images, calibration_inputs=images, acceptable=acceptable, target="tensorrt"
+    )
+    precision.int8_from_onnx(source, tmp_path / "int8.onnx", inputs=images, target="tensorrt")
+    session = ort.open_session(tmp_path / "int8.onnx", optimise=False)
+    np.testing.assert_array_equal(seen[0], session.run(None, {"images": images})[0])
+    optimised = ort.open_session(tmp_path / "int8.onnx").run(None, {"images": images})[0]
+    assert np.abs(seen[0] - optimised).max() > 1e-3
 
 
 def test_progress_counts_to_its_end(uneven: Path) -> None:

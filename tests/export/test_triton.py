@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export import triton
-from export.manifest import Images, Manifest, Parity, Quantization, Requirements, TensorSpec
+from export.manifest import LARGEST_BATCH, Build, Images, Manifest, Parity, Quantization, Requirements, TensorSpec
 
 _IMAGES = Images(description="noise", n=8, sha256="0" * 64, seed=0)
 
@@ -98,6 +98,23 @@ def test_a_plan_is_served_by_the_backend_for_plans() -> None:
     config = _parsed(_manifest(runtime="tensorrt"))
     assert (config.platform, config.default_model_filename) == ("tensorrt_plan", "model.plan")
     assert list(config.version_policy.specific.versions) == [1]
+
+
+def test_a_plan_s_instances_may_use_all_of_its_profiles() -> None:
+    """Without their names Triton takes the first alone: that of single images."""
+    two = Build(options={"profiles": [[1, 1, 1], [1, 16, 16]]})
+    (group,) = _parsed(_manifest(runtime="tensorrt", build=two)).instance_group
+    assert list(group.profile) == ["0", "1"]
+    (group,) = _parsed(_manifest(build=two)).instance_group
+    assert list(group.profile) == []
+    one = Build(options={"profiles": [[1, 16, 16]]})
+    older, newer = _manifest(1, runtime="tensorrt", build=one), _manifest(2, runtime="tensorrt", build=two)
+    # A version without a second profile would fail to load under a configuration that names it.
+    assert list(_parsed(older, newer).version_policy.specific.versions) == [2]
+
+
+def test_the_largest_batch_is_one_that_triton_takes() -> None:
+    assert _parsed(_manifest(max_batch=LARGEST_BATCH)).max_batch_size == LARGEST_BATCH
 
 
 def test_only_proved_versions_are_listed() -> None:

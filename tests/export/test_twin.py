@@ -149,7 +149,7 @@ def test_files_that_are_no_weights_are_refused(networks: str, trained: nn.Module
 
 def test_normalisation_has_a_number_for_each_channel(networks: str, trained: nn.Module, tmp_path: Path) -> None:
     weights = _save("pt", trained.state_dict(), tmp_path)
-    with pytest.raises(ValueError, match="expected 3 numbers each, one a channel, got 1 and 3"):
-        twin.write(tmp_path / "twin", _network(f"{networks}:net", mean=(0.5,)), weights)
+    with pytest.raises(ValueError, match="expected 3 numbers each, one a channel, got 2 and 3"):
+        twin.write(tmp_path / "twin", _network(f"{networks}:net", mean=(0.5, 0.4)), weights)
     with pytest.raises(ValueError, match="expected numbers above 0"):
         _network(f"{networks}:net", std=(0.0, 1.0, 1.0))

@@ -102,6 +102,31 @@ def _coarse(models: Repository, terms: Terms) -> Version:
     return publish_variant(models.find("digits"), repository=models, name="coarse", variant=cut, terms=terms)
 
 
+def test_nothing_is_made_of_what_is_blocked(own_models: Repository) -> None:
+    source = own_models.find("digits")
+    own_models.record_proof(source, source.manifest.parity.model_copy(update={"status": "failed"}))
+    with pytest.raises(ValueError, match="digits@1: its own proof is 'failed', so that nothing is made of it"):
+        publish_variant(own_models.find("digits"), repository=own_models, name="x", variant=Variant("fp16"))
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_a_rounding_that_only_a_gpu_would_show_blocks_as_well(
+    own_models: Repository, monkeypatch: pytest.MonkeyPatch, kind: manifests.Precision
+) -> None:
+    """ONNX Runtime computes fp16 in fp32 on a CPU, and a plan does not run there: what is checked instead counts."""
+    runtime: manifests.Runtime = "onnxruntime" if kind == "fp16" else "tensorrt_rtx"
+    pytest.importorskip("tensorrt_rtx")
+    strict = parity.Limits(disagreement=0.0, logit_difference=1e-9)
+    monkeypatch.setitem(parity.LIMITS, kind, strict)
+    source = own_models.find("digits")
+    wanted = Variant(kind, runtime)
+    with pytest.raises(ParityFailed, match="not published"):
+        publish_variant(source, repository=own_models, name="x", variant=wanted)
+    version = publish_variant(source, repository=own_models, name="x", variant=wanted, terms=Terms(block=True))
+    assert version.manifest.parity.status == "failed"
+    assert not version.manifest.servable
+
+
 def test_a_bisection_ranks_the_layers_of_what_failed(own_models: Repository) -> None:
     cut = Variant("int8", method="percentile", percentile=60.0, calibration=64)
     told: list[str] = []
@@ -135,7 +160,7 @@ def test_a_plan_is_built_without_a_gpu_and_its_onnx_is_proved(own_models: Reposi
         manifests.verify_all(version.folder)
         if manifest.parity.status == "not run":
             assert "GPU" in manifest.parity.explanation
-            assert ("the ONNX that it was built from agrees" in manifest.parity.explanation) == (kind == "int8")
+            assert ("the ONNX that it was built from: agrees" in manifest.parity.explanation) == (kind == "int8")
             assert not manifest.servable
             with pytest.raises(CannotRunHere, match="GPU"):
                 open_engine(version.folder)

@@ -71,12 +71,22 @@ class Cuda:
     def cudaGetDeviceProperties(self, ordinal: int) -> tuple[Any, ...]:
         return Status.cudaSuccess, SimpleNamespace(name=f"Imaginary {ordinal}".encode(), major=8, minor=9)
 
+    def cudaDeviceGetPCIBusId(self, length: int, ordinal: int) -> tuple[Any, ...]:
+        assert length >= 13
+        # The fastest first, which is not the order of the bus.
+        return Status.cudaSuccess, f"0000:{0xC1 - 0x40 * ordinal:02X}:00.0\0\0".encode()
+
+    @property
+    def here(self) -> int:
+        """The GPU that the calling thread works on."""
+        return self.used.get(threading.get_ident(), 0)
+
     def cudaSetDevice(self, ordinal: int) -> tuple[Any, ...]:
         self.used[threading.get_ident()] = ordinal
         return (self.failing.get("cudaSetDevice", Status.cudaSuccess),)
 
     def cudaGetDevice(self) -> tuple[Any, ...]:
-        return Status.cudaSuccess, self.used.get(threading.get_ident(), 0)
+        return Status.cudaSuccess, self.here
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         return self._taken("cudaMalloc", "memory", ctypes.create_string_buffer(size))
@@ -270,7 +280,7 @@ class Engine:
         return Context(self, needs_memory=strategy == "user managed")
 
     def create_runtime_config(self) -> Any:
-        return RuntimeConfig()
+        return RuntimeConfig(self.cuda)
 
 
 class RuntimeConfig:
@@ -279,8 +289,11 @@ class RuntimeConfig:
     cuda_graph_strategy = "unset"
     cache: Any = None
 
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+
     def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache()
+        return RuntimeCache(self._cuda)
 
     def set_runtime_cache(self, cache: RuntimeCache) -> bool:
         self.cache = cache
@@ -290,7 +303,9 @@ class RuntimeConfig:
 class RuntimeCache:
     """Remembers how often it was taken up again."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._gpu = cuda.here
         self._content = b"kernels"
 
     def deserialize(self, content: bytes) -> bool:
@@ -300,6 +315,9 @@ class RuntimeCache:
         return True
 
     def serialize(self) -> bytes:
+        assert self._cuda.here == self._gpu, "the kernels are another GPU's"
+        if "serialize" in self._cuda.failing:
+            raise RuntimeError("the cache cannot be serialised")
         return self._content
 
 

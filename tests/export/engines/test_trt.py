@@ -8,7 +8,9 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.engines import cuda, plans, trt
+from export import requirements
+from export.engines import cuda, messages, open_engine, plans, trt
 from export.engines.base import CannotRunHere
 from export.engines.plans import Profile
 from export.engines.trt import TrtEngine
@@ -64,6 +67,12 @@ class Machine:
         content = plan_of(manifest) if plan is None else plan_of(manifest) | plan
         (self.folder / manifest.file).write_text(json.dumps(content))
         return TrtEngine(self.folder, manifest, **how)
+
+    def publish(self, *, runtime: Runtime = "tensorrt", content: bytes | None = None) -> None:
+        manifest = self.manifest(runtime=runtime)
+        plan = json.dumps(plan_of(manifest)).encode() if content is None else content
+        (self.folder / manifest.file).write_bytes(plan)
+        versions.described(self.folder, manifest)
 
 
 def plan_of(manifest: Manifest) -> dict[str, Any]:
@@ -179,6 +188,27 @@ def test_threads_take_turns_and_each_gets_its_own_answer(machine: Machine) -> No
         assert all(pool.map(ask, range(100)))
 
 
+def test_an_engine_is_closed_on_its_own_gpu_whatever_the_thread_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch, gpus=2)
+    engine = machine.open(runtime="tensorrt_rtx", ordinal=1, cache=tmp_path / "cache")
+    cuda.Device(0).use()
+    engine.close()
+    assert not machine.cuda.alive
+    assert next((tmp_path / "cache").iterdir()).read_bytes() == b"kernels"
+
+
+def test_an_engine_whose_gpu_is_lost_is_closed_all_the_same(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    engine = machine.open()
+    engine.warm_up()
+    machine.cuda.failing["cudaSetDevice"] = Status.cudaErrorIllegalAddress
+    engine.close()
+    assert "cudaSetDevice: CUDA says cudaErrorIllegalAddress" in caplog.text
+    with pytest.raises(RuntimeError, match="linear@1: the engine is closed"):
+        engine(images_of(1))
+
+
 def test_every_thread_works_on_the_engine_s_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(tmp_path, monkeypatch, gpus=2)
     with machine.open(ordinal=1) as engine:
@@ -200,6 +230,14 @@ def test_closing_gives_everything_back_and_may_be_done_twice(machine: Machine, r
     assert not machine.cuda.alive
     with pytest.raises(RuntimeError, match="linear@1: the engine is closed"):
         engine(images_of(1))
+
+
+def test_what_fails_while_an_engine_is_closed_has_its_name_and_keeps_nothing(machine: Machine, tmp_path: Path) -> None:
+    engine = machine.open(runtime="tensorrt_rtx", cache=tmp_path / "cache")
+    machine.cuda.failing["serialize"] = Status.cudaErrorMemoryAllocation
+    with pytest.raises(RuntimeError, match="linear@1: the cache cannot be serialised"):
+        engine.close()
+    assert not machine.cuda.alive
 
 
 def test_nothing_of_the_engine_is_held_after_closing(machine: Machine) -> None:
@@ -277,9 +315,9 @@ def test_a_plan_that_is_not_what_its_manifest_says_is_refused_before_the_first_b
 def test_a_plan_that_tensorrt_does_not_take_is_refused_with_both_versions_and_the_command(machine: Machine) -> None:
     (machine.folder / "model.plan").write_bytes(b"\x00 no plan")
     expected = (
-        r"expected a plan that tensorrt 11\.4\.1\.5 takes, got one for ==11\.4\.1\.5: Serialization .*`tenet export"
+        r"expected a plan that tensorrt 11\.4\.1\.5 takes here, got one for ==11\.4\.1\.5: Serialization .*`tenet"
     )
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(CannotRunHere, match=expected):
         TrtEngine(machine.folder, machine.manifest())
     (machine.folder / "model.plan").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.plan: expected a plan, got an empty file"):
@@ -291,6 +329,49 @@ def test_tensorrt_rtx_is_asked_whether_the_plan_fits_before_it_is_deserialised(m
     with pytest.raises(CannotRunHere, match="cannot run it here: version mismatch, unsupported cc; build it again"):
         machine.open(runtime="tensorrt_rtx")
     assert not machine.modules["tensorrt_rtx"].engines
+
+
+@pytest.fixture
+def installed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The machine, as one where both runtimes are installed: what is found here is remembered by the process."""
+    real = metadata.version
+    known = {"tensorrt": TensorRt.__version__, "tensorrt-rtx": TensorRt.__version__}
+    monkeypatch.setattr(metadata, "version", lambda name: known.get(name) or real(name))
+    remembered = (requirements._here, requirements._without_gpus)
+    for memory in remembered:
+        memory.cache_clear()
+    yield machine
+    for memory in remembered:
+        memory.cache_clear()
+
+
+def test_an_engine_that_cannot_be_warmed_up_leaves_nothing_behind(installed: Machine) -> None:
+    installed.publish()
+    installed.cuda.failing["cudaStreamSynchronize"] = Status.cudaErrorIllegalAddress
+    with pytest.raises(RuntimeError, match="linear@1: cudaStreamSynchronize"):
+        open_engine(installed.folder, cache=installed.folder / "cache")
+    assert not installed.cuda.alive
+
+
+@pytest.mark.parametrize(
+    ("runtime", "content", "invalid", "complaint"),
+    [
+        ("tensorrt_rtx", None, 2, "cannot run it here: unsupported cc"),
+        ("tensorrt_rtx", b"of another version", 0, "expected a plan that tensorrt_rtx .* takes here"),
+        ("tensorrt", b"of another version", 0, "expected a plan that tensorrt .* takes here"),
+    ],
+)
+def test_a_plan_that_the_runtime_itself_refuses_is_told_or_built_again(
+    installed: Machine, runtime: Runtime, content: bytes | None, invalid: int, complaint: str
+) -> None:
+    installed.publish(runtime=runtime, content=content)
+    installed.modules[runtime].invalid = invalid
+    with pytest.raises(CannotRunHere, match=complaint):
+        open_engine(installed.folder, cache=installed.folder / "cache")
+    # No ONNX file travels with this one: to be asked for it is to be built again.
+    with pytest.raises(ValueError, match="expected an ONNX file beside its plan to build it again from, found none"):
+        open_engine(installed.folder, rebuild="auto", cache=installed.folder / "cache")
+    assert not installed.cuda.alive
 
 
 def test_compiled_kernels_are_kept_for_the_next_start(machine: Machine, tmp_path: Path) -> None:
@@ -313,6 +394,16 @@ def test_kernels_that_cannot_be_kept_are_no_error(
         engine(images_of(1))
     assert "compiled kernels could not be kept" in caplog.text
     assert not machine.cuda.alive
+
+
+def test_a_listener_that_leaves_does_not_take_another_s_place(machine: Machine) -> None:
+    module = machine.modules["tensorrt"]
+    logger = messages.logger(module)
+    with messages.heard(module) as outer:
+        with messages.heard(module) as inner:
+            logger.log(SimpleNamespace(name="ERROR"), "to both")
+        logger.log(SimpleNamespace(name="ERROR"), "to one")
+    assert (inner.errors, outer.errors) == (["to both"], ["to both", "to one"])
 
 
 def test_a_gpu_that_is_not_there_is_named(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +477,7 @@ def described(runtime: Runtime, form: Form) -> Manifest:
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
 def runtime(request: pytest.FixtureRequest) -> Any:
     """A runtime that is installed and builds for the GPU of this machine."""
-    from export import requirements, tensorrt_plan
+    from export import tensorrt_plan
 
     module = pytest.importorskip(request.param)
     (gpu, *_) = requirements.Machine.here().gpus

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,14 +18,19 @@ import pytest
 from export.manifest import Images, Manifest, Parity, Requirements, Source, TensorSpec, Twin, sha256_of
 from export.repository import Draft, Repository, Version, open_repository
 from export.store import remote
+from export.store.cache import OFFLINE, cache_of
 from export.store.model_state import ModelState
 from export.store.storage import Storage
+from tests.export.disks import read_only, small_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _WEIGHTS = b"weights"
+
+# What the S3 server of these tests was asked.
+_REQUESTS: list[str] = []
 
 
 def _fill(draft: Draft, *, status: str = "passed", source: Version | None = None) -> None:
@@ -98,7 +104,13 @@ def s3_endpoint() -> Iterator[str]:
     moto_server = pytest.importorskip("moto.server")
     from werkzeug.serving import make_server
 
-    server = make_server("127.0.0.1", 0, moto_server.DomainDispatcherApplication(moto_server.create_backend_app))
+    application = moto_server.DomainDispatcherApplication(moto_server.create_backend_app)
+
+    def counting(environ: Any, start_response: Any) -> Any:
+        _REQUESTS.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+        return application(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, counting)
     thread = threading.Thread(target=server.serve_forever, name="s3")
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -232,8 +244,8 @@ def test_aliases_move_and_guard_what_they_point_at(store: _Store, another_machin
     repository = open_repository(store.url)
     assert str(repository.parse("pets@stable")) == "pets@2"
     with pytest.raises(ValueError, match="its alias points at it: stable"):
-        repository.remove(second)
-    repository.remove(second, force=True)
+        repository.remove(second.manifest.model, second.manifest.version)
+    repository.remove(second.manifest.model, second.manifest.version, force=True)
     assert (repository.versions("pets"), repository.aliases("pets")) == ([1], {})
     assert [name for name in store.names() if name.startswith("pets/2/")] == []
     assert b"versions: [1]" in store.read("pets/config.pbtxt")
@@ -276,6 +288,8 @@ def test_prune_follows_the_policy_and_sweeps_what_is_a_day_old(store: _Store, mo
     _publish(repository)
     _publish(repository, "pets-int8", source=source)
     store.write("pets/9/model.onnx", b"half")
+    store.write("pets/.numbers/9", b"")
+    store.write("pets/20260101/photo.png", b"somebody else's")
     pruned = repository.prune(keep=1)
     assert [str(version) for version in pruned.versions] == ["pets@2"]
     assert pruned.remains == ()  # somebody may still be at it
@@ -283,6 +297,7 @@ def test_prune_follows_the_policy_and_sweeps_what_is_a_day_old(store: _Store, mo
     monkeypatch.setattr(remote, "_ABANDONED", timedelta(0))
     assert repository.prune().remains == ("pets/9",)
     assert [name for name in store.names() if name.startswith("pets/9/")] == []
+    assert store.read("pets/20260101/photo.png") == b"somebody else's"
     assert repository.prune(older_than=timedelta(days=1)).versions == ()
 
 
@@ -311,7 +326,7 @@ class TestCache:
         another_machine("other")
         with pytest.raises(ValueError, match="the file was changed or damaged in the store"):
             open_repository(store.url).find("pets").folder  # noqa: B018 - this is what fetches
-        assert list(remote.cache_of(store.url).rglob("model.onnx")) == []
+        assert list(cache_of(store.url).rglob("model.onnx")) == []
 
     def test_a_missing_file_is_named(self, store: _Store, another_machine: Callable[[str], None]) -> None:
         _publish(open_repository(store.url))
@@ -330,9 +345,55 @@ class TestCache:
         evil = manifest.model_copy(update={"files": {"../../../outside": "0" * 64}})
         store.write("pets/1/manifest.json", evil.as_json())
         another_machine("other")
-        with pytest.raises(ValueError, match="its manifest names a file outside of its folder"):
-            open_repository(store.url).find("pets").folder  # noqa: B018
+        with pytest.raises(ValueError, match=r"files\..*: .*expected a path below the version's folder, got '\.\./"):
+            open_repository(store.url).find("pets")
         assert list(tmp_path.rglob("outside")) == []
+
+    def test_what_killed_fetches_left_and_what_is_gone_from_the_store_goes(
+        self, store: _Store, another_machine: Callable[[str], None]
+    ) -> None:
+        repository = open_repository(store.url)
+        versions = [_publish(repository) for _ in range(2)]
+        another_machine("other")
+        here = open_repository(store.url)
+        place = here.find("pets", 1).folder
+        (place.parent / ".writing-dead").write_bytes(bytes(100))
+        assert here.find("pets", 2).folder.is_dir()
+        assert not (place.parent / ".writing-dead").exists()
+        another_machine("third")
+        open_repository(store.url).remove("pets", versions[0].manifest.version)
+        another_machine("other")
+        open_repository(store.url).prune()
+        assert (place.is_dir(), place.with_name("2").is_dir()) == (False, True)
+
+    def test_a_cache_that_cannot_be_written_to(self, store: _Store, cache: Path) -> None:
+        repository = open_repository(store.url)
+        _publish(repository)
+        repository.promote(_publish(repository))
+        first = repository.find("pets", 1).folder
+        shutil.rmtree(first.with_name("2"))
+        with read_only(cache):
+            # What is there is enough, for who may only read.
+            assert repository.find("pets", 1).folder == first
+            with pytest.raises(
+                OSError, match=r"expected a cache that can be written to, got: .*XDG_CACHE_HOME"
+            ) as error:
+                repository.find("pets", 2).folder  # noqa: B018 - this is what fetches
+        _assert_one_line(error.value)
+        assert "[Errno" not in str(error.value)
+
+    def test_a_full_cache(self, store: _Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        _publish(open_repository(store.url))
+        with small_disk(tmp_path / "disk") as disk:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
+            version = open_repository(store.url).find("pets")
+            with pytest.raises(OSError, match="No space left"):
+                (disk / "ballast").write_bytes(bytes(1 << 20))
+            with pytest.raises(OSError, match="expected a cache that can be written to, got: No space left") as error:
+                version.folder  # noqa: B018
+            _assert_one_line(error.value)
+            (disk / "ballast").unlink()
+            assert (version.folder / "model.onnx").read_bytes() == b"engine 1"
 
     def test_threads_that_fetch_at_once_get_whole_files(
         self, store: _Store, another_machine: Callable[[str], None]
@@ -361,14 +422,124 @@ class TestCache:
         another_machine("other")
         folder = open_repository(s3.url).parse("pets@stable").folder
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-        monkeypatch.setenv(remote.OFFLINE, "1")
+        monkeypatch.setenv(OFFLINE, "1")
         offline = open_repository(s3.url)
         assert offline.versions("pets") == [1]
         assert offline.parse("pets@stable").folder == folder
+        # A fetch that was killed has left a version without its manifest, which comes last.
+        (folder.parent / "2").mkdir()
+        (folder.parent / "2" / "model.onnx").touch()
+        assert offline.versions("pets") == [1]
+        assert str(offline.parse("pets")) == "pets@1"
         with pytest.raises(PermissionError, match="cannot be changed without network; unset TENET_OFFLINE"):
             _publish(offline)
         with pytest.raises(FileNotFoundError, match="nothing of it was fetched to this machine before"):
             open_repository(f"{s3.url}-other").models()
+
+
+class TestRequests:
+    """A request takes some 50 ms, and a repository has hundreds of versions."""
+
+    def test_a_look_at_all_asks_for_each_manifest_once(self, s3: _Store) -> None:
+        repository = open_repository(s3.url)
+        for _ in range(8):
+            _publish(repository)
+        repository = open_repository(s3.url)
+        for least in (8, 0):  # what has not changed is not read again
+            _REQUESTS.clear()
+            (seen,) = repository.snapshots()
+            assert list(seen.manifests) == list(range(1, 9))
+            assert len(_REQUESTS) - least <= 6
+
+    def test_publishing_and_pruning_read_no_manifest_twice(self, s3: _Store) -> None:
+        repository = open_repository(s3.url)
+        for _ in range(8):
+            _publish(repository)
+        repository = open_repository(s3.url)
+        _REQUESTS.clear()
+        _publish(repository)
+        assert len(_REQUESTS) <= 8 + 26
+        repository = open_repository(s3.url)
+        _REQUESTS.clear()
+        repository.prune()
+        assert len(_REQUESTS) <= 9 + 10
+
+    def test_one_version_needs_no_list_and_its_files_are_asked_for_once(self, s3: _Store) -> None:
+        _publish(open_repository(s3.url))
+        _REQUESTS.clear()
+        version = open_repository(s3.url).find("pets", 1)
+        assert len(_REQUESTS) == 1
+        folders = {version.folder for _ in range(8)}
+        assert len(folders) == 1
+        assert len(_REQUESTS) <= 3
+
+
+class _Losing:
+    """fsspec's memory, but the answer to one write is lost on its way."""
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._filesystem = filesystem
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._filesystem, name)
+
+    def pipe_file(self, path: str, content: bytes, **conditions: str) -> None:
+        self._filesystem.pipe_file(path, content, **conditions)
+        if path.endswith(self._path):  # the client asks again
+            self._filesystem.pipe_file(path, content, **conditions)
+
+
+class _Quicker(_Losing):
+    """A store in which another machine does something just before an object is written."""
+
+    def __init__(self, filesystem: Any, path: str, act: Callable[[], None]) -> None:
+        super().__init__(filesystem, path)
+        self._act = act
+
+    def pipe_file(self, path: str, content: bytes, **conditions: str) -> None:
+        if path.endswith(self._path):
+            self._act()
+        self._filesystem.pipe_file(path, content, **conditions)
+
+
+def test_a_version_whose_answer_was_lost_is_published(tmp_path: Path) -> None:
+    memory, url = importlib.import_module("fsspec").filesystem("memory"), f"memory://{uuid.uuid4().hex}/all"
+    repository = Repository(remote.ObjectStorage(url, _Losing(memory, "1/manifest.json"), tmp_path / "cache"))
+    assert str(_publish(repository)) == "pets@1"
+
+
+def test_a_proof_does_not_bring_back_a_version_that_was_removed_meanwhile(s3: _Store) -> None:
+    repository = open_repository(s3.url)
+    version = _publish(repository)
+    _publish(repository)
+    path = "pets/1/manifest.json"
+    quicker = _Quicker(s3.fs, path, lambda: s3.remove(path))
+    late = Repository(remote.ObjectStorage(s3.url, quicker, cache_of(s3.url)))
+    with pytest.raises(FileNotFoundError, match="has been removed meanwhile; nothing was written"):
+        late.record_proof(version, version.manifest.parity.model_copy(update={"status": "failed"}))
+    assert path not in s3.names()
+    assert repository.versions("pets") == [2]
+
+
+def test_what_is_somebody_else_s_is_left_alone(store: _Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = open_repository(store.url)
+    _publish(repository)
+    theirs = {
+        "photos/20260101/cat.png": b"x",
+        "app/1/manifest.json": b"{}",
+        "resnet/config.pbtxt": b'name: "resnet"',
+        "resnet/1/model.onnx": b"x",
+    }
+    for path, content in theirs.items():
+        store.write(path, content)
+    monkeypatch.setattr(remote, "_ABANDONED", timedelta(0))
+    assert repository.prune(keep=1).remains == ()
+    assert repository.models() == ["pets"]
+    for name in ("photos", "app", "resnet"):
+        with pytest.raises(FileExistsError, match=f"{name}: is there already, and is no model of this repository"):
+            _publish(repository, name)
+    assert {path: store.read(path) for path in theirs} == theirs
 
 
 class TestErrors:
@@ -454,5 +625,6 @@ def test_both_kinds_of_storage_are_one_to_the_repository(store: _Store, tmp_path
 def test_age_is_that_of_the_engine(store: _Store) -> None:
     repository = open_repository(store.url)
     version = _publish(repository)
-    made = repository._storage.made(version.manifest)
-    assert abs(datetime.now(UTC) - made) < timedelta(minutes=5)
+    made = repository._storage.made("pets", {1: version.manifest.file, 2: version.manifest.file})
+    assert made.keys() == {1}
+    assert abs(datetime.now(UTC) - made[1]) < timedelta(minutes=5)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def test_a_run_becomes_int8_at_once_by_way_of_the_fp32_engine_that_is_there(
     fp32, half, note = done.stdout.splitlines()
     assert fp32.startswith("bytes-fp32@1: fp32")
     assert half.startswith("bytes@1: fp16")
-    assert note.startswith("  with activations in fp16, as on a GPU, it agrees with bytes-fp32@1 on ")
+    assert note.startswith("  with activations in fp16, as on a GPU: agrees with bytes-fp32@1 on ")
     assert own_models.find("bytes").manifest.channels_last
 
 
@@ -137,6 +138,40 @@ def test_anybody_s_onnx(digits_run: Path, own_models: Repository, tmp_path: Path
     np.testing.assert_array_equal(answers[0], answers[1])
 
 
+def test_the_command_in_a_manifest_makes_the_same_engine_again(
+    digits_run: Path, own_models: Repository, tmp_path: Path, digit_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_a_stranger(digits_run, tmp_path / "theirs.onnx")
+    monkeypatch.chdir(tmp_path)
+    meaning = ["--layout", "NHWC", "--channels", "BGR", "--range", "255", "--labels", "0,1,2,3,4,5,6,7,8,9"]
+    proof = ["--images", str(digit_folder), "--parity-images", "60", "--max-disagreement", "0.2"]
+    made = [
+        ["import", "theirs.onnx", *_place(own_models, "theirs"), *meaning, *proof, "--max-batch", "8"],
+        ["export", "--from", "theirs", *_place(own_models, "small"), *proof, "--precision", "int8",
+         "--calibration", "entropy", "--calibration-images", "30"],
+    ]  # fmt: skip
+    for arguments in made:
+        assert _tenet(*arguments).exit_code == 0
+    for name in ("theirs", "small"):
+        first = own_models.find(name).manifest
+        verb = shlex.split(first.build.command.replace("REPOSITORY", str(own_models.folder)))[1:]
+        assert _tenet(*verb).exit_code == 0, verb
+        again = own_models.find(name).manifest
+        assert (again.version, again.sha256) == (2, first.sha256)
+        assert again.parity == first.parity
+        assert again.build.command.replace("theirs@2", "theirs@1") == first.build.command
+
+
+def test_what_is_printed_as_json_is_json(own_models: Repository) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plan = ["--runtime", "tensorrt_rtx", "--json"]
+    assert json.loads(_tenet("export", "--from", "digits", *_place(own_models, "p"), *plan).stdout)["model"] == "p"
+    bad = ["--precision", "int8", "--calibration", "percentile", "--percentile", "60", "--max-disagreement", "0"]
+    failed = _tenet("export", "--from", "digits", *_place(own_models, "b"), *bad, "--json")
+    assert failed.exit_code == 1
+    assert json.loads(failed.stdout)["status"] == "failed"
+
+
 def _as_a_stranger(run: Path, path: Path) -> None:
     """Write the digits' classifier for images of 0 to 255, channels last and BGR."""
 
@@ -171,6 +206,11 @@ def _as_a_stranger(run: Path, path: Path) -> None:
         (["export", "--from", "digits", "--target", "cpu"], "--target: has an effect with --precision int8"),
         (["export", "--factory", "a:b"], "--factory: expected --weights FILE with it"),
         (["export", "--factory", "a:b", "--weights", "w", "--input-shape", "3,x", "--labels", "a,b"], "whole numbers"),
+        (["export", "--factory", "a:b", "--weights", "w", "--input-shape", "3,9", "--labels", "a,b"], "got '3,9'"),
+        (
+            ["export", "--factory", "a:b", "--weights", "w", "--input-shape", "3,8,8", "--labels", "a,a"],
+            "'a' more than",
+        ),
         (["export", "--factory", "ab", "--weights", "w", "--input-shape", "3,8,8", "--labels", "a,b"], "--factory: "),
         (["export", "--from", "digits", "--precision", "int8", "--max-disagreement", "2"], "from 0 to 1, got 2.0"),
         (["export", "--from", "digits@prod", "--precision", "int8"], "prod"),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from export.manifest import Parity, sha256_of
 from export.repository import Repository, Version
 from service import __main__ as command_line
+from tests.export.disks import read_only
 from tests.processes import tenet
 
 if TYPE_CHECKING:
@@ -85,6 +86,40 @@ def test_a_damaged_version_hides_no_other_from_the_list(repository: Repository) 
     assert "digits@2" in listed.output
 
 
+def test_what_is_damaged_or_foreign_is_said_or_left_out(repository: Repository) -> None:
+    place = str(repository.folder)
+    (repository.find("digits", 2).folder / "manifest.json").unlink()
+    (repository.folder / "resnet" / "1").mkdir(parents=True)
+    (repository.folder / "resnet" / "1" / "model.onnx").touch()
+    listed = _run("list", "--repository", place)
+    assert listed.exit_code == 0
+    assert "resnet" not in listed.output
+    assert "damaged: " in listed.output
+    assert "digits/2/manifest.json: expected a file of the repository here, found none" in listed.output
+    (repository.folder / "digits" / "model.json").write_text("{}")
+    listed = _run("list", "--repository", place)
+    assert "digits/model.json: expected the aliases and version numbers that were written" in listed.output
+    assert "100.00%" in listed.output  # the versions themselves are shown all the same
+    records = json.loads(_run("list", "--repository", place, "--json").output)
+    assert records[0]["aliases"] is None
+    assert "model.json" in records[0]["aliases_error"]
+    pruned = _run("prune", "--keep", "1", "--repository", place)
+    assert "damaged, and left: digits@2: " in pruned.output
+    assert "digits@2: removed" in _run("remove", "digits@2", "--force", "--repository", place).output
+    assert repository.versions("digits") == [1, 3, 4]
+
+
+def test_a_proof_that_cannot_be_recorded_is_not_begun(repository: Repository) -> None:
+    place = str(repository.folder)
+    with read_only(repository.folder):
+        refused = tenet("models", "verify", "digits@1", "--repository", place)
+        checked = _run("verify", "digits@1", "--files-only", "--repository", place)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "expected a repository that can be written to" in line
+    assert checked.exit_code == 0
+
+
 def test_an_alias_names_a_version_in_every_verb(repository: Repository) -> None:
     place = str(repository.folder)
     first = _run("promote", "digits@1", "--alias", "canary", "--repository", place, "--json")
@@ -112,7 +147,7 @@ def test_prune_says_what_goes_before_it_goes(repository: Repository) -> None:
     # 1 is the source of digits-int8, 2 the latest servable one, 4 the newest.
     assert planned.output.splitlines() == ["digits@3: would be removed"]
     pruned = _run("prune", "digits", "--keep", "1", "--older-than", "4w", "--repository", place, "--json")
-    assert json.loads(pruned.output) == {"versions": ["digits@3"], "remains": [], "dry_run": False}
+    assert json.loads(pruned.output) == {"versions": ["digits@3"], "remains": [], "damaged": [], "dry_run": False}
     assert repository.versions("digits") == [1, 2, 4]
     assert _run("prune", "--repository", place).output.splitlines() == ["nothing to remove"]
 
@@ -126,7 +161,7 @@ def test_verify_reads_every_byte_first(repository: Repository) -> None:
     result = tenet("models", "verify", "digits@1", "--repository", place)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "labels.txt: expected what the model's versions call for" in line
+    assert "labels.txt: differs from what this release of tenet writes for the model's versions" in line
     assert _run("prune", "--repository", place).exit_code == 0
     assert _run("verify", "digits@1", "--files-only", "--repository", place).exit_code == 0
 
@@ -149,6 +184,10 @@ def test_verify_completes_the_proof(repository: Repository) -> None:
         (["remove", "digits@1"], "digits@1: not removed, because others were made from it"),
         (["prune", "--older-than", "soon"], "--older-than: expected hours, days or weeks, such as 12h, 30d or 8w"),
         (["prune", "letters", "--keep", "1"], "model 'letters': not in"),
+        (
+            ["list", "--repository", ""],
+            "repository: expected a folder, s3://bucket/prefix or gs://bucket/prefix, got ''",
+        ),
         (["show", "digits@x y"], "expected NAME, NAME@VERSION with a whole number, or NAME@ALIAS"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -161,7 +200,9 @@ def test_what_cannot_be_done_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {path: path.read_bytes() for path in repository.folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr("sys.argv", ["tenet", "models", *arguments, "--repository", str(repository.folder)])
+    monkeypatch.setattr(
+        "sys.argv", ["tenet", "models", arguments[0], "--repository", str(repository.folder), *arguments[1:]]
+    )
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         command_line.main()
