@@ -122,7 +122,10 @@ InputOption = Annotated[Input, typer.Option("--input", help="What it takes: floa
 MaxBatchOption = Annotated[int | None, typer.Option(min=1, max=LARGEST_BATCH, help="The largest batch it will take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
 ImagesOption = Annotated[Path | None, _option(_PROOF, "Folder of class folders to calibrate on and to compare on.")]
-CountOption = Annotated[int, _option(_PROOF, "Images to compare on, at most.", "--parity-images", min=1)]
+CountOption = Annotated[
+    int | None,
+    _option(_PROOF, "Images to compare on, at most: 512, or 256 above 128 x 128 pixels.", "--parity-images", min=1),
+]
 DisagreementOption = Annotated[
     float | None,
     _option(_PROOF, "Share of images whose top-1 may differ; by default 0.005, of fp16 0.01, of int8 0.03."),
@@ -151,7 +154,7 @@ def export(
     max_batch: MaxBatchOption = None,
     as_json: JsonOption = False,
     images: ImagesOption = None,
-    count: CountOption = 512,
+    count: CountOption = None,
     max_disagreement: DisagreementOption = None,
     block: BlockOption = False,
     bisect: Annotated[
@@ -289,7 +292,7 @@ def import_model(
         bool | None, _option(_MEANING, "Whether its answers are softmax already; by default it is looked at.")
     ] = None,
     images: ImagesOption = None,
-    count: CountOption = 512,
+    count: CountOption = None,
     max_disagreement: DisagreementOption = None,
     block: BlockOption = False,
 ) -> None:

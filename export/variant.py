@@ -194,10 +194,13 @@ class _Making:
         )
 
     @cached_property
+    def _answers(self) -> Logits:
+        return reference.of_engine(self.source).answers(self.proof.images)
+
+    @property
     def against(self) -> Reference:
-        """The source; it is asked once, however often it is compared with."""
-        answers = reference.of_engine(self.source).answers(self.proof.images)
-        return reference.Reference(str(self.source), lambda _: answers)
+        """The source; it is asked once, however often it is compared with, and not for a plan that cannot run here."""
+        return reference.Reference(str(self.source), lambda _: self._answers)
 
     @property
     def onnx(self) -> Path:
@@ -397,7 +400,7 @@ def _calibration_images(manifest: Manifest, variant: Variant, terms: Terms, run:
     """
     shape, names = manifest.image_shape, manifest.class_names
     if terms.images is not None:
-        share = images.Share(terms.count, variant.calibration)
+        share = images.Share(terms.images_of(shape), variant.calibration)
         return images.from_folder(terms.images, share=share, image_shape=shape, class_names=names, to_calibrate=True)
     if run is None:
         raise ValueError(

@@ -5,12 +5,37 @@ threads, whether to optimise --session_options--> SessionOptions --InferenceSess
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
+
 import onnxruntime
 
 from export.engines.threads import budget
 
 # ONNX Runtime's log severity "error": its warnings about graph details are no business of a caller's.
 _LOG_ERRORS = 3
+
+# Features of x86 processors that multiply U8 and S8 into 32 bits.
+_EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def saturates(*, machine: str, flags: frozenset[str]) -> bool:
+    """Return whether a processor's products of U8 and S8 saturate at 16 bits, as those of x86 without VNNI do.
+
+    Such a machine would answer otherwise than one with VNNI on which an engine was proved, so that its sessions take
+    slower and exact products. With VNNI those would make int8 three to four times slower, for nothing
+    (benchmarks/engines.py).
+    """
+    return machine in {"x86_64", "AMD64"} and not flags & _EXACT
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """Return the processor's features as Linux names them; none where it does not say."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.is_file() else []
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
 def session_options(threads: int | None = None, *, optimise: bool = True) -> onnxruntime.SessionOptions:
@@ -27,9 +52,8 @@ def session_options(threads: int | None = None, *, optimise: bool = True) -> onn
     options.log_severity_level = _LOG_ERRORS
     # Threads that spin for work starve their neighbours on shared cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # On x86 without VNNI, products of U8 and S8 saturate at 16 bits: a machine without it would answer otherwise than
-    # the one with it on which an engine was proved. This takes slower products there, and nothing elsewhere.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if saturates(machine=platform.machine(), flags=_cpu_flags()):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # Of fp16 vision transformers it makes nodes that the CPU provider has no kernel for: a crash of the process in
     # 1.31. Nothing in a file's name says that it is fp16, so it is off for all of them.
     options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")

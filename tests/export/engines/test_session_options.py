@@ -15,6 +15,7 @@ from torchvision.models import VisionTransformer
 import export
 from export import onnx_graph, precision
 from export.engines import ort
+from export.engines.session_options import saturates
 from export.rounding import calibration
 from tests.export import networks
 
@@ -57,5 +58,11 @@ def test_calibration_computes_as_engines_do(tmp_path: Path) -> None:
     path = networks.saved(networks.residual(), tmp_path)
     for session in (ort.open_session(path), calibration.open_session(onnx.load(path), optimise=False)):
         options: onnxruntime.SessionOptions = session.get_session_options()
-        assert options.get_session_config_entry("session.x64quantprecision") == "1"
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_products_are_slow_and_exact_only_where_quick_ones_saturate() -> None:
+    assert saturates(machine="x86_64", flags=frozenset({"avx2", "avx512f"}))
+    assert not saturates(machine="x86_64", flags=frozenset({"avx2", "avx512f", "avx512_vnni"}))
+    assert not saturates(machine="x86_64", flags=frozenset({"avx2", "avx_vnni"}))
+    assert not saturates(machine="aarch64", flags=frozenset({"asimddp"}))
