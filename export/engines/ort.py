@@ -154,7 +154,7 @@ class OrtEngine(Engine):
         cache: Path | None = None,
     ) -> None:
         super().__init__(manifest)
-        profile = Profile(manifest.inputs[0], manifest.max_batch, manifest.precision)
+        profile = Profile(manifest.inputs[0], manifest.max_batch)
         self._session: onnxruntime.InferenceSession | None = open_session(
             folder / manifest.file,
             provider=place.provider,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from export.engines.places import Place
-    from export.manifest import Precision, TensorSpec
+    from export.manifest import TensorSpec
 
 _log = logging.getLogger(__name__)
 
@@ -59,12 +59,10 @@ class Profile:
     Attributes:
         image: the input.
         max_batch: the largest batch that will come.
-        precision: of the graph.
     """
 
     image: TensorSpec
     max_batch: int
-    precision: Precision
 
 
 @dataclass(frozen=True)

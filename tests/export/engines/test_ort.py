@@ -268,7 +268,7 @@ def test_arithmetic_on_shapes_may_stay_on_the_cpu(tmp_path: Path) -> None:
 
 
 HARDWARE = Hardware("NVIDIA L4, compute capability 8.9", "101600")
-PROFILE = Profile(TensorSpec(name="images", datatype="FP32", shape=(-1, *SHAPE)), max_batch=16, precision="fp16")
+PROFILE = Profile(TensorSpec(name="images", datatype="FP32", shape=(-1, *SHAPE)), max_batch=16)
 
 
 def folder_of(path: Path, cache: Path, **changes: Any) -> str:
@@ -308,7 +308,7 @@ def test_a_cached_engine_is_found_again(tmp_path: Path) -> None:
     [
         {"hardware": Hardware("NVIDIA L4, compute capability 8.9", "101700")},
         {"hardware": Hardware("NVIDIA A10, compute capability 8.6", "101600")},
-        {"profile": Profile(PROFILE.image, max_batch=32, precision="fp16")},
+        {"profile": Profile(PROFILE.image, max_batch=32)},
     ],
 )
 def test_an_engine_for_something_else_is_never_served(tmp_path: Path, change: dict[str, Any]) -> None:
