@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("tenet", deadline=None)  # a slow example tells of a busy machine
 hypothesis.settings.load_profile("tenet")
+
+# A shell that runs pytest in the background has it ignore Ctrl-C, and processes inherit that; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shapes in these modules' annotations are checked at each call. The hook must come before their first import, so it
 # stands here; models are left out because torch.fx traces them.
