@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A process a core, and one thread in each: two thread pools on two cores are slower than none.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
-EXTRAS := train,audit,web,tensorrt-rtx,tensorrt-rtx-provider,s3,dev
+EXTRAS := train,audit,web,native,tracing,tensorrt-rtx,tensorrt-rtx-provider,s3,dev
 
 .PHONY: demo test setup check test-all gpu bench serve
 setup: .venv/installed
@@ -13,10 +13,16 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
+# KServe's client: its messages have the names of ours and of Triton's, and clash with them in one environment.
+.venv-kserve/installed: tests/kserve/requirements.txt
+	$(PYTHON) -m venv .venv-kserve
+	.venv-kserve/bin/pip install --quiet --requirement $<
+	touch $@
+
 demo: setup
 	$(BIN)/tenet demo
 
-test: setup
+test: setup .venv-kserve/installed
 	$(PYTEST) -m 'not slow and not gpu'
 
 check: setup
@@ -25,7 +31,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-test-all: setup
+test-all: setup .venv-kserve/installed
 	$(PYTEST) -m 'not gpu'
 
 # All tests and benchmarks that need a GPU; the results lie in gpu-results.

@@ -2,7 +2,8 @@
 
     python benchmarks/batching.py --seconds 3 --rounds 5 --concurrency 32
 
-Both servers run at once, and are asked in turns: what else the machine does meets both alike.
+Both servers run at once, and are asked in turns: what else the machine does meets both alike. Last comes what batching
+itself costs: requests a second to an engine that does nothing, without a server.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.hardware import hardware
-from benchmarks.startup import CLASSES, IMAGE, convolutional, publish, server
+from benchmarks.startup import CLASSES, IMAGE, MAX_BATCH, convolutional, publish, server
+from export.engines.base import Inputs, Logits
 from protos.inference import open_inference_pb2 as pb
 from protos.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from service.inference.batching import Batcher, Execution, Rejection
+from service.settings import Batching
 
 _HIDDEN = 1024  # units; weights of 16 MB, more than a core's own caches hold
 
@@ -69,6 +73,39 @@ async def images_per_second(address: str, model: str, *, concurrency: int, secon
         return answered / (time.perf_counter() - began)
 
 
+class _Nobody:
+    """An observer that counts nothing."""
+
+    def executed(self, execution: Execution) -> None:
+        pass
+
+    def rejected(self, reason: Rejection) -> None:
+        pass
+
+
+async def submits_per_second(*, concurrency: int, seconds: float) -> float:
+    """Submit one image at a time from `concurrency` callers to an engine that does nothing; return answers a second."""
+    batcher = Batcher([_nothing], name="nothing", max_batch=MAX_BATCH, settings=Batching(), observer=_Nobody())
+    image = np.zeros((1, *IMAGE), np.float32)
+    began = time.perf_counter()
+
+    async def ask() -> int:
+        answered = 0
+        while time.perf_counter() - began < seconds:
+            await batcher.submit(image)
+            answered += 1
+        return answered
+
+    answered = sum(await asyncio.gather(*(ask() for _ in range(concurrency))))
+    rate = answered / (time.perf_counter() - began)
+    await batcher.close()
+    return rate
+
+
+def _nothing(images: Inputs) -> Logits:
+    return images[:, 0, 0, :CLASSES]
+
+
 def main() -> None:
     """Print images a second with and without batching, and their ratio, for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,6 +134,11 @@ def main() -> None:
                 for _ in range(given.rounds)
             ]
             _print_row(name, rounds)
+    for concurrency in (1, 8, given.concurrency):
+        rates = [
+            asyncio.run(submits_per_second(concurrency=concurrency, seconds=given.seconds)) for _ in range(given.rounds)
+        ]
+        print(f"batching alone, {concurrency} callers: {statistics.median(rates):.0f} requests/s (median)")
     print(f"on {hardware()}, callers on the same cores")
 
 

@@ -18,7 +18,7 @@ import typer
 
 from export import summary
 from export.console import complain, console, progress
-from export.manifest import LARGEST_BATCH
+from export.manifest import LARGEST_BATCH, LARGEST_RESIZE, Preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,6 +84,15 @@ class Output(StrEnum):
     PROBABILITIES = "probabilities"
 
 
+class Interpolation(StrEnum):
+    """The filters that images are resized with."""
+
+    NEAREST = "nearest"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    LANCZOS = "lanczos"
+
+
 class Layout(StrEnum):
     """The order of the dimensions of a foreign graph's input."""
 
@@ -135,6 +144,16 @@ BlockOption = Annotated[
 ]
 MeanOption = Annotated[str | None, _option(_OWN, "Subtracted from images in [0, 1], per channel: 0.485,0.456,0.406.")]
 StdOption = Annotated[str | None, _option(_OWN, "Then divided by, per channel: 0.229,0.224,0.225.")]
+ResizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=LARGEST_RESIZE,
+        help="Pixels that the shorter side of an image is resized to before the input's size is cut out of the middle; "
+        "by default the largest middle part is resized to the input's size.",
+    ),
+]
+InterpolationOption = Annotated[Interpolation, typer.Option(help="How images are resized.")]
 
 
 def export(
@@ -197,6 +216,8 @@ def export(
     labels: Annotated[str | None, _option(_OWN, "Class names: a,b,c, or a file with one a line.")] = None,
     mean: MeanOption = None,
     std: StdOption = None,
+    resize: ResizeOption = None,
+    interpolation: InterpolationOption = Interpolation.BILINEAR,
 ) -> None:
     """Export a checkpoint to ONNX, or a model to another precision or runtime, with proof of parity."""
     from export.manifest import checked_name
@@ -208,7 +229,8 @@ def export(
     _one_alone({"a RUN folder": run, "--from NAME": source, "--factory": factory})
     rounds, plans = precision in {Precision.FP16, Precision.INT8}, runtime is not Runtime.ONNXRUNTIME
     _needed_for("--factory", factory is not None, {
-        "weights": weights, "input-shape": input_shape, "labels": labels, "mean": mean, "std": std,
+        "weights": weights, "input-shape": input_shape, "labels": labels, "mean": mean, "std": std, "resize": resize,
+        "interpolation": interpolation is not Interpolation.BILINEAR,
     })  # fmt: skip
     _needed_for("a RUN folder or --factory", source is None, {
         "input": takes is not Input.FLOAT32, "output": answers is not Output.LOGITS,
@@ -228,7 +250,7 @@ def export(
 
     place = open_repository(repository)
     terms = Terms(images=images, count=count, max_disagreement=max_disagreement, block=block)
-    form = Form(takes.value, answers.value, max_batch or MAX_BATCH)
+    form = Form(takes.value, answers.value, max_batch or MAX_BATCH, _preprocessing(resize, interpolation))
     plan = _plan_options(
         profile=profile, workspace_mib=workspace, optimization_level=optimization_level,
         compute_capabilities=compute_capability, hardware_compatibility=hardware_compatibility,
@@ -291,6 +313,8 @@ def import_model(
     probabilities: Annotated[
         bool | None, _option(_MEANING, "Whether its answers are softmax already; by default it is looked at.")
     ] = None,
+    resize: ResizeOption = None,
+    interpolation: InterpolationOption = Interpolation.BILINEAR,
     images: ImagesOption = None,
     count: CountOption = None,
     max_disagreement: DisagreementOption = None,
@@ -314,7 +338,11 @@ def import_model(
             name=name,
             mapping=_mapping(mapping, given),
             labels=labels,
-            form=Form(takes.value, max_batch=max_batch or MAX_BATCH),
+            form=Form(
+                takes.value,
+                max_batch=max_batch or MAX_BATCH,
+                preprocessing=_preprocessing(resize, interpolation),
+            ),
             terms=Terms(images=images, count=count, max_disagreement=max_disagreement, block=block),
         )
     summary.report(version, as_json=as_json)
@@ -502,6 +530,10 @@ def _network(
         return Network.model_validate(record)
     except ValidationError as error:
         raise ValueError(f"--{first_fault(error).replace('class_names', 'labels').replace('_', '-')}") from None
+
+
+def _preprocessing(resize: int | None, interpolation: Interpolation) -> Preprocessing:
+    return Preprocessing(resize=resize, interpolation=interpolation.value)
 
 
 def _mapping(path: Path | None, flags: dict[str, Any]) -> Mapping:

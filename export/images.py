@@ -1,7 +1,7 @@
 """The images of calibrations and proofs: a folder's, a run's own, or noise where there is neither.
 
 --images DIR        \
-the run's data set   > shuffled, brought to the input's size --> ImageSet: float32 NCHW in [0, 1], labels, names, sha256
+the run's data set   > shuffled --pictures: to the input size--> ImageSet: float32 NCHW in [0, 1], labels, names, sha256
 a seed              /
 """
 
@@ -18,6 +18,8 @@ from jaxtyping import Float32, Int64
 from torch.nn import functional
 
 from export import manifest as manifests
+from export import pictures
+from export.manifest import Preprocessing
 from training import augment, checkpoint, data, datasets
 
 if TYPE_CHECKING:
@@ -89,29 +91,30 @@ def from_folder(
     share: Share,
     image_shape: tuple[int, int, int],
     class_names: Sequence[str],
+    preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 - it is frozen
     to_calibrate: bool = False,
 ) -> ImageSet:
     """Read images of a folder of class folders, shuffled by a fixed seed.
 
-    Images of a square input are resized and cropped at the centre; those of an oblong one must have its size. Labels
-    are known where every folder has the name of a class.
+    They are brought to the input's size as servers do it. Labels are known where every folder has the name of a class.
 
     Args:
         folder: `folder`/CLASS/*.png|jpg.
         share: how many images the two uses want.
         image_shape: (C, H, W) of the engine's input.
         class_names: the engine's, in its order.
+        preprocessing: how images come to that shape (`Manifest.preprocessing`).
         to_calibrate: return the images for calibration, and not those of the proof.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
-        ValueError: an image cannot be read, or has another size or number of channels than the engine takes.
+        ValueError: an image cannot be read, or the engine takes neither grey nor RGB images.
     """
     stored, description = data.from_folder(folder), f"images of {folder.resolve().name}"
     part = share.of(len(stored))[to_calibrate]
     if to_calibrate and part.start == 0:
         description += ", the proof's own"
-    return _chosen(stored, description, part, image_shape, class_names)
+    return _chosen(stored, description, part, image_shape, class_names, preprocessing=preprocessing)
 
 
 def from_run(run: Path, *, split: str, count: int, class_names: Sequence[str]) -> ImageSet:
@@ -129,7 +132,7 @@ def from_run(run: Path, *, split: str, count: int, class_names: Sequence[str]) -
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; or name a folder of images by --images") from error
     description, part = f"{source.name} {split} images", slice(0, count)
-    return _chosen(stored, description, part, record.input_shape, class_names, size=source.size)
+    return _chosen(stored, description, part, record.input_shape, class_names)
 
 
 def noise(*, count: int, image_shape: tuple[int, int, int], seed: int = NOISE_SEED) -> ImageSet:
@@ -157,26 +160,44 @@ def _chosen(
     image_shape: tuple[int, int, int],
     class_names: Sequence[str],
     *,
-    size: int | None = None,
+    preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 - as above
 ) -> ImageSet:
     # Image folders are sorted by class: without a shuffle the first images would be of one class.
     chosen = np.random.default_rng(0).permutation(len(stored))[part]
     subset = stored.subset(chosen)
-    if isinstance(subset, data.ImageFiles) and size is None:
-        size = _side(image_shape)
-    read = subset.read(size)
-    images = augment.unit_range(torch.from_numpy(read.images)).numpy()
-    if image_shape[0] == 1:
-        images = _grey(images)
+    if isinstance(subset, data.ImageFiles):
+        images, names = _read(subset, image_shape, preprocessing), subset.paths
+    else:
+        images, names = _unit_range(subset, image_shape), tuple(str(index) for index in chosen)
     if images.shape[1:] != image_shape:
         got = " x ".join(map(str, images.shape[1:]))
         expected = " x ".join(map(str, image_shape))
         raise ValueError(f"{description}: expected {expected} (channels, height, width), got {got}; resize them")
-    names = subset.paths if isinstance(subset, data.ImageFiles) else tuple(str(index) for index in chosen)
-    strange = sorted(set(read.class_names) - set(class_names))
+    strange = sorted(set(subset.class_names) - set(class_names))
     if strange:
         description += f" (no accuracy: {strange[0]!r} is no class of the model)"
-    return ImageSet(images, description, names, None if strange else _labels(read, class_names))
+    return ImageSet(images, description, names, None if strange else _labels(subset, class_names))
+
+
+def _read(
+    files: data.ImageFiles, image_shape: tuple[int, int, int], preprocessing: Preprocessing
+) -> Float32[np.ndarray, "n channels height width"]:
+    images = np.empty((len(files), *image_shape), np.float32)
+    for place, relative in zip(images, files.paths, strict=True):
+        path = files.root / relative
+        try:
+            pixels = pictures.pixels(path.read_bytes(), image_shape=image_shape, preprocessing=preprocessing)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        pictures.unit_range(pixels, out=place)
+    return images
+
+
+def _unit_range(
+    stored: data.LabelledImages, image_shape: tuple[int, int, int]
+) -> Float32[np.ndarray, "n channels height width"]:
+    images = augment.unit_range(torch.from_numpy(stored.images)).numpy()
+    return _grey(images) if image_shape[0] == 1 else images
 
 
 def _grey(images: Float32[np.ndarray, "n 3 height width"]) -> Float32[np.ndarray, "n 1 height width"]:
@@ -186,12 +207,6 @@ def _grey(images: Float32[np.ndarray, "n 3 height width"]) -> Float32[np.ndarray
     return np.asarray(np.round(grey * _LEVELS) / np.float32(_LEVELS), dtype=np.float32)
 
 
-def _side(image_shape: tuple[int, int, int]) -> int | None:
-    """Return the side that images are brought to, in pixels; images of oblong inputs must have their size."""
-    _, height, width = image_shape
-    return height if height == width else None
-
-
-def _labels(read: data.LabelledImages, class_names: Sequence[str]) -> Int64[np.ndarray, " n"]:
+def _labels(read: data.Images, class_names: Sequence[str]) -> Int64[np.ndarray, " n"]:
     numbers = np.array([list(class_names).index(name) for name in read.class_names], dtype=np.int64)
     return np.asarray(numbers[read.labels])

@@ -14,7 +14,16 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 FILE_NAME = "manifest.json"
 
@@ -27,6 +36,9 @@ LARGEST_RECORD = 8 << 20
 # Images an engine takes at once: as float32 of 3 x 224 x 224 so many are 37 GiB, and Triton's limit is 2^31 - 1.
 LARGEST_BATCH = 1 << 16
 
+# Pixels of the shorter side of a resized image: more than any input has, and the longer one may have as many again.
+LARGEST_RESIZE = 1 << 14
+
 # Version numbers have 18 digits at most: they fit the 64 bits that Triton and the wire have for them.
 VERSIONS_BELOW = 10**18
 
@@ -37,6 +49,7 @@ Runtime = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["cpu", "tensorrt"]
 Method = Literal["minmax", "percentile", "entropy"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 def _below(name: str) -> str:
@@ -60,6 +73,25 @@ class TensorSpec(_Record):
     name: str
     datatype: str
     shape: tuple[int, ...]
+
+
+class Preprocessing(_Record):
+    """How an image of any size comes to that of the input; the default is how training evaluates.
+
+    Attributes:
+        resize: pixels that the shorter side is resized to before the input's size is cut out of the middle, as
+            torchvision's `Resize` and `CenterCrop` do; None takes the largest part in the middle that has the input's
+            proportions, and resizes that.
+        interpolation: how it is resized, always with antialiasing.
+    """
+
+    resize: int | None = Field(default=None, ge=1, le=LARGEST_RESIZE)
+    interpolation: Interpolation = "bilinear"
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise a ValueError if an input of this shape, (C, H, W), cannot be cut out of what is resized."""
+        if self.resize is not None and self.resize < (side := max(image_shape[1:])):
+            raise ValueError(f"resize: expected at least {side}, the input's longer side, got {self.resize}")
 
 
 class Source(_Record):
@@ -220,6 +252,7 @@ class Manifest(_Record):
 
     Attributes:
         output: what the engine answers with; probabilities are those of softmax.
+        preprocessing: how images of other sizes come to that of the input.
         kept_fp32: the nodes of a fp16 or int8 graph that were kept in fp32.
         files: sha256 of every other file of the version, by its path below the version's folder.
     """
@@ -235,6 +268,7 @@ class Manifest(_Record):
     outputs: tuple[TensorSpec, ...]
     output: Literal["logits", "probabilities"] = "logits"
     class_names: tuple[str, ...]
+    preprocessing: Preprocessing = Preprocessing()
     max_batch: int = Field(ge=1, le=LARGEST_BATCH)
     source: Source | None = None
     twin: Twin | None = None
@@ -250,6 +284,12 @@ class Manifest(_Record):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         return checked_name(name)
+
+    @model_validator(mode="after")
+    def _large_enough_to_crop(self) -> Manifest:
+        if self.preprocessing.resize is not None:
+            self.preprocessing.check(self.image_shape)
+        return self
 
     @property
     def channels_last(self) -> bool:
@@ -273,6 +313,8 @@ class Manifest(_Record):
     def as_json(self) -> bytes:
         """Return the bytes of manifest.json: with a checksum, so that a changed manifest is noticed."""
         record = self.model_dump(mode="json")
+        if self.preprocessing == Preprocessing():  # as in manifests from before there was a choice
+            del record["preprocessing"]
         return json.dumps({**record, "checksum": _checksum(record)}, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

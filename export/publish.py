@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +23,7 @@ from export.engines import open_engine
 from export.engines.base import CannotRunHere
 from export.graph import classifier
 from export.labels import check, class_names
-from export.manifest import Build, Manifest, Parity, Provenance, Requirements, Twin
+from export.manifest import Build, Manifest, Parity, Preprocessing, Provenance, Requirements, Twin
 from export.parity import ParityFailed
 from export.reference import Reference
 from export.requirements import Machine
@@ -63,11 +63,22 @@ class Form:
         input: "float32", NCHW in [0, 1], or "uint8", NHWC.
         output: "logits" or "probabilities".
         max_batch: the largest batch it will take.
+        preprocessing: how images of other sizes come to that of its input.
     """
 
     input: Literal["float32", "uint8"] = "float32"
     output: Literal["logits", "probabilities"] = "logits"
     max_batch: int = MAX_BATCH
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def flags(self, verb: str) -> list[str]:
+        """Return the flags of a command that gives an engine this form, defaults left out."""
+        flags = [] if self.input == "float32" else ["--input", self.input]
+        flags += [] if self.output == "logits" or verb == "import" else ["--output", self.output]
+        flags += [] if self.max_batch == MAX_BATCH else ["--max-batch", str(self.max_batch)]
+        for name, value in self.preprocessing.model_dump(exclude_defaults=True).items():
+            flags += [f"--{name}", str(value)]
+        return flags
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,13 @@ def publish_network(
         ValueError: the factory or the weights do not fit, or the network cannot be exported.
     """
     form, terms = form or Form(), terms or Terms()
-    proof = proof_images(terms, run=None, image_shape=network.input_shape, class_names=network.class_names)
+    proof = proof_images(
+        terms,
+        run=None,
+        image_shape=network.input_shape,
+        class_names=network.class_names,
+        preprocessing=form.preprocessing,
+    )
     with repository.draft(name) as draft:
         module = twin.write(draft.folder / TWIN_FOLDER, network, weights)
         path, shape, names = draft.folder / "model.onnx", network.input_shape, network.class_names
@@ -216,7 +233,7 @@ def publish_onnx(
         check(mapping.labels, count=count) if mapping.labels and labels is None else class_names(labels, model, count)
     )
     adapted = foreign.adapted(model, mapping, class_names=names, input=form.input)
-    form = Form(form.input, adapted.output, form.max_batch)
+    form = replace(form, output=adapted.output)
     from_file = labels is None and not mapping.labels
     with repository.draft(name) as draft:
         onnx_file.write(adapted.model, draft.folder / "model.onnx")
@@ -229,7 +246,13 @@ def publish_onnx(
         command = [path.name, *([] if from_file else label_flags(names)), *mapping_flags(mapping)]
         build = _build(command, name, form, terms, ("onnx",), verb="import", notes=adapted.notes)
         manifest = manifest.model_copy(update={"build": build})
-        proof = proof_images(terms, run=None, image_shape=manifest.image_shape, class_names=names)
+        proof = proof_images(
+            terms,
+            run=None,
+            image_shape=manifest.image_shape,
+            class_names=names,
+            preprocessing=manifest.preprocessing,
+        )
         against = reference.of_original(original, mapping, name=path.name, class_names=names)
         # The file as it came is as coarse as what was made of it: the two may differ by the order of sums alone.
         prove(draft, manifest, against, proof, terms=terms, precision="fp32")
@@ -257,7 +280,13 @@ def verify(
     against = reference.of_version(version, repository=repository)
     run = run_of(version, repository)
     _refuse_weaker(version, terms, run)
-    proof = proof_images(terms, run=run, image_shape=manifest.image_shape, class_names=manifest.class_names)
+    proof = proof_images(
+        terms,
+        run=run,
+        image_shape=manifest.image_shape,
+        class_names=manifest.class_names,
+        preprocessing=manifest.preprocessing,
+    )
     result = _measured(version.folder, against, proof, limits=_limits(manifest, terms))
     repository.record_proof(version, result)
     if result.status == "failed":
@@ -300,6 +329,7 @@ def proof_images(
     run: Path | None,
     image_shape: tuple[int, int, int],
     class_names: Sequence[str],
+    preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 - it is frozen
     calibration: int = 0,
 ) -> ImageSet:
     """Return the images to compare on: the user's, the run's test images, or noise where there is neither.
@@ -309,7 +339,13 @@ def proof_images(
     count = terms.images_of(image_shape)
     if terms.images is not None:
         share = images.Share(count, calibration)
-        return images.from_folder(terms.images, share=share, image_shape=image_shape, class_names=class_names)
+        return images.from_folder(
+            terms.images,
+            share=share,
+            image_shape=image_shape,
+            class_names=class_names,
+            preprocessing=preprocessing,
+        )
     if run is not None:
         return images.from_run(run, split="test", count=count, class_names=class_names)
     return images.noise(count=count, image_shape=image_shape)
@@ -369,9 +405,7 @@ def command_of(arguments: Sequence[str], name: str, form: Form | None, terms: Te
     """Return the command line that makes a version again; REPOSITORY stands for the repository's place."""
     flags: list[str] = ["--repository", REPOSITORY, "--name", name]
     if form is not None:
-        flags += [] if form.input == "float32" else ["--input", form.input]
-        flags += [] if form.output == "logits" or verb == "import" else ["--output", form.output]
-        flags += [] if form.max_batch == MAX_BATCH else ["--max-batch", str(form.max_batch)]
+        flags += form.flags(verb)
     return shlex.join(["tenet", verb, *arguments, *flags, *terms.flags()])
 
 
@@ -439,7 +473,7 @@ def _original(
     """Describe an ONNX engine that was made from no other."""
     path = draft.folder / "model.onnx"
     inputs, outputs = onnx_graph.specs(path)
-    return Manifest(
+    manifest = Manifest(
         model=draft.model,
         version=draft.version,
         file="model.onnx",
@@ -456,6 +490,8 @@ def _original(
         provenance=provenance,
         parity=not_run("its source", ""),
     )
+    form.preprocessing.check(manifest.image_shape)
+    return manifest.model_copy(update={"preprocessing": form.preprocessing})
 
 
 def _limits(manifest: Manifest, terms: Terms) -> parity.Limits:

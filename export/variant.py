@@ -132,7 +132,14 @@ def bisect(
         raise ValueError(f"--bisect: expected fp16 or int8 made from fp32, got {kind}; there is nothing to round")
     run = publish.run_of(source, repository)
     shape, names = manifest.image_shape, manifest.class_names
-    proof = publish.proof_images(terms, run=run, image_shape=shape, class_names=names, calibration=variant.calibration)
+    proof = publish.proof_images(
+        terms,
+        run=run,
+        image_shape=shape,
+        class_names=names,
+        preprocessing=manifest.preprocessing,
+        calibration=variant.calibration,
+    )
     choose = _calibration_images if kind == "int8" else _range_images
     chosen = choose(manifest, variant, terms, run)
     limits = terms.limits(kind)
@@ -190,7 +197,12 @@ class _Making:
         shape, names = self.manifest.image_shape, self.manifest.class_names
         calibration = 0 if self.variant.precision == self.manifest.precision else self.variant.calibration
         return publish.proof_images(
-            self.terms, run=self.run, image_shape=shape, class_names=names, calibration=calibration
+            self.terms,
+            run=self.run,
+            image_shape=shape,
+            class_names=names,
+            preprocessing=self.manifest.preprocessing,
+            calibration=calibration,
         )
 
     @cached_property
@@ -401,7 +413,14 @@ def _calibration_images(manifest: Manifest, variant: Variant, terms: Terms, run:
     shape, names = manifest.image_shape, manifest.class_names
     if terms.images is not None:
         share = images.Share(terms.images_of(shape), variant.calibration)
-        return images.from_folder(terms.images, share=share, image_shape=shape, class_names=names, to_calibrate=True)
+        return images.from_folder(
+            terms.images,
+            share=share,
+            image_shape=shape,
+            class_names=names,
+            preprocessing=manifest.preprocessing,
+            to_calibrate=True,
+        )
     if run is None:
         raise ValueError(
             "int8 needs images for calibration: expected a folder of class folders by --images, got none, and this "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,10 +26,19 @@ def decode(text: str, kind: type[Value], *, source: str) -> Value:
     Raises:
         ValueError: not TOML, or not what `kind` describes; one line a mistake, `source: key.path: expected …`.
     """
+    return checked(parsed(text, source=source), kind, source=source)
+
+
+def parsed(text: str, *, source: str) -> dict[str, Any]:
+    """Parse TOML; raises ValueError, with the line, if it is none."""
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{source}: expected TOML: {error}") from None
+
+
+def checked(document: dict[str, Any], kind: type[Value], *, source: str) -> Value:
+    """Return a document as a pydantic model; raises ValueError, as `decode` does."""
     try:
         return kind.model_validate(document)
     except ValidationError as error:

@@ -1,49 +1,58 @@
 """The gRPC server: what it is made of, where it listens, how it ends.
 
-bind --> load models --> register services, health, reflection --> start --signal--> NOT_SERVING --> drain --> end
+check ports --> load models --> services: inference, repository, health, reflection, others --> boundary --> fronts
+signal --> NOT_SERVING --> drain delay --> drain --> end
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import logging
 import signal
-import socket
 from collections.abc import Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import grpc
-from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 
-from protos.inference import open_inference_pb2, open_inference_pb2_grpc
-from service.errors import ErrorInterceptor
+from protos.inference import (
+    model_repository_pb2,
+    model_repository_pb2_grpc,
+    open_inference_pb2,
+    open_inference_pb2_grpc,
+)
+from service import auth, fronts, metrics, reflection, tls, tracing
+from service.auth import Authenticator, role_of
+from service.calls import Calls
+from service.inference.families import Families
 from service.inference.health import HealthServicer
 from service.inference.models import Models
-from service.inference.servicer import InferenceServicer
+from service.inference.repository import RepositoryServicer
+from service.inference.servicer import DESERIALISERS, InferenceServicer
+from service.inference.trace_settings import TraceSettings
+from service.reflection import ReflectionServicer
+from service.rpc import Boundary, Handlers
+
+_INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_REPOSITORY = model_repository_pb2.DESCRIPTOR.services_by_name["ModelRepositoryService"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+# Those whose health is told by name.
+_SERVICES = (_INFERENCE.full_name, _REPOSITORY.full_name, _HEALTH.full_name)
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
-    from typing import Any
 
-    from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
+    import grpc
+    from google.protobuf.descriptor import ServiceDescriptor
 
-    from service import settings as settings_module
+    from service.rpc import Method
     from service.settings import Settings
-
-    Handler = grpc.RpcMethodHandler[Any, Any]
-
-_MEBIBYTE = 1 << 20
-
-# Seconds without a call after which none is taken to be on its way: many times what the event loop needs for one.
-_QUIET_S = 0.05
-# Seconds that callers who do not heed the health service may go on.
-_LONGEST_QUIET_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,25 +63,39 @@ class Service:
         descriptor: its name, and its file for reflection.
         add_to: adds it to a server.
         end: ends its streams, which would otherwise hold up the shutdown for the whole grace period.
+        parsers: what parses requests in place of protobuf, by the method's name.
     """
 
     descriptor: ServiceDescriptor
-    add_to: Callable[[grpc.aio.Server], None]
+    add_to: Callable[[Handlers], None]
     end: Callable[[], None] = lambda: None
+    parsers: Mapping[str, Callable[[bytes], Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that answers: where, and what it serves."""
+    """A server that answers: where, and what it serves.
+
+    Attributes:
+        admin_port: of the services that have a port of their own, None without one.
+        metrics_port: of Prometheus's page, None without one.
+    """
 
     host: str
     port: int
     models: tuple[str, ...]
+    admin_port: int | None = None
+    metrics_port: int | None = None
 
     @property
     def address(self) -> str:
         """HOST:PORT, as clients take it."""
-        return _address(self.host, self.port)
+        return fronts.address(self.host, self.port)
+
+    @property
+    def admin_address(self) -> str:
+        """HOST:PORT of repository, settings and audits."""
+        return self.address if self.admin_port is None else fronts.address(self.host, self.admin_port)
 
 
 async def serve(
@@ -90,11 +113,12 @@ async def serve(
         repository: the model repository: a folder, or a URL that `open_repository` takes.
         settings: where and how.
         on_ready: is called once, when the server answers.
-        services: what to serve beside inference, health and reflection.
+        services: what to serve beside inference, the repository, health and reflection.
 
     Raises:
-        FileNotFoundError: there is no such repository.
+        FileNotFoundError: there is no such repository, or no such certificate.
         OSError: the address cannot be listened on.
+        ModuleNotFoundError: the settings want a package that is not installed.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -113,29 +137,77 @@ async def running(
     repository: str | Path, settings: Settings, *, services: Sequence[Service] = ()
 ) -> AsyncIterator[Serving]:
     """Serve a repository while the block runs; raises what `serve` does."""
-    _check_address(settings.server)
-    models, health, arrivals = Models(), HealthServicer(), _Arrivals()
-    try:
-        await models.load(repository, settings)
-        every = (*_own_services(models, health), *services)
-        server = grpc.aio.server(interceptors=[arrivals, ErrorInterceptor()], options=_options(settings.server))
-        _register(server, every)
-        port = _bind(server, settings.server)
-        await health.set(models.health | dict.fromkeys(_names(every), True) | {"": models.ready})
-        await server.start()
+    where = settings.server
+    if settings.tls is not None:
+        tls.server_credentials(settings.tls)  # what is wrong with them is said before models are loaded
+    authenticator = Authenticator(settings.auth)
+    for line in auth.concerns(settings):
+        logger.warning("%s", line)
+    for port in (where.port, where.admin_port):
+        if port is not None and where.processes == 1:
+            fronts.check_address(where.host, port)
+    async with AsyncExitStack() as ends:
+        models, switch = Models(repository, settings), TraceSettings(settings.tracing)
+        ends.push_async_callback(models.close)
+        tracer = tracing.start(settings.tracing, switch)
+        if tracer is not None:
+            ends.push_async_callback(tracer.close)
+        page = _page(settings, models, ends)
+        await models.start()
+        servicer = InferenceServicer(models, settings, tracing=switch)
+        ends.callback(servicer.close)
+        health = HealthServicer(models, services=[*_SERVICES, *(each.descriptor.full_name for each in services)])
+        calls = Calls(log=settings.logging.calls, tracer=tracer)
+        boundary = Boundary(authenticator, calls, max_calls=where.max_concurrent_calls)
+        every = (*_own_services(models, servicer, health), *services)
+        servers, ports = _listening(_methods(every, boundary), settings)
+        for server in servers:
+            await server.start()
         try:
-            yield Serving(settings.server.host, port, tuple(models.served))
+            port, admin_port = ports[0], ports[1] if len(ports) > 1 else None
+            yield Serving(where.host, port, tuple(models.served), admin_port=admin_port, metrics_port=page)
         finally:
             models.retiring = True
             await health.stop()
+            await asyncio.sleep(where.drain_delay_s)
             for service in services:
                 service.end()
-            await _drain(server, models, arrivals, grace_s=settings.server.shutdown_grace_s)
-    finally:
-        await models.close()
+            await _drain(servers, models, boundary, grace_s=where.shutdown_grace_s)
 
 
-async def _drain(server: grpc.aio.Server, models: Models, arrivals: _Arrivals, *, grace_s: float) -> None:
+def _page(settings: Settings, models: Models, ends: AsyncExitStack) -> int | None:
+    """Serve Prometheus's page until the end, if it is asked for; return its port."""
+    if settings.metrics.port is None:
+        return None
+    return ends.enter_context(metrics.page(settings.metrics, Families(models.ledger, index=models.index)))
+
+
+def _listening(methods: Sequence[Method], settings: Settings) -> tuple[list[grpc.aio.Server], list[int]]:
+    """Return servers that listen, and their ports: one for all methods, or one for callers and one for operators."""
+    where = settings.server
+    groups, ports = [methods], [where.port]
+    if where.admin_port is not None:
+        groups = [[each for each in methods if not _operates(each.path)], [*filter(_for_operators, methods)]]
+        ports.append(where.admin_port)
+    servers = [fronts.front(group, where) for group in groups]
+    # Credentials serve one port; a second one would be refused.
+    return servers, [
+        fronts.listen(server, where.host, port, None if settings.tls is None else tls.server_credentials(settings.tls))
+        for server, port in zip(servers, ports, strict=True)
+    ]
+
+
+def _operates(path: str) -> bool:
+    """Return whether a method is for those who operate the server: repository, logging, tracing, audits."""
+    return role_of(path) in {"admin", "audit"} or path.endswith("/RepositoryIndex")
+
+
+def _for_operators(method: Method) -> bool:
+    # Health and reflection are told on every port.
+    return _operates(method.path) or role_of(method.path) is None
+
+
+async def _drain(servers: Sequence[grpc.aio.Server], models: Models, boundary: Boundary, *, grace_s: float) -> None:
     """Answer what has been sent, refuse what still comes, and stop, within the grace period.
 
     `stop` alone drops the calls that have reached the machine and not yet a handler; their callers are told
@@ -144,111 +216,39 @@ async def _drain(server: grpc.aio.Server, models: Models, arrivals: _Arrivals, *
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + grace_s
-    await arrivals.quiet(before=end)
+    await boundary.quiet(before=end)
     await asyncio.wait({asyncio.create_task(models.drain())}, timeout=max(0, end - loop.time()))
-    await arrivals.quiet(before=end)
-    await server.stop(max(0, end - loop.time()))
+    await boundary.quiet(before=end)
+    await asyncio.gather(*(server.stop(max(0, end - loop.time())) for server in servers))
 
 
-class _Arrivals(grpc.aio.ServerInterceptor):
-    """Knows when the last call came."""
-
-    def __init__(self) -> None:
-        self._last = 0.0  # the event loop's time, seconds
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        self._last = asyncio.get_running_loop().time()
-        return await continuation(handler_call_details)
-
-    async def quiet(self, *, before: float) -> None:
-        """Return when no call has come for a moment; at the time `before`, or after a second, at the latest."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while (now := loop.time()) < min(before, began + _LONGEST_QUIET_S):
-            if now >= max(self._last, began) + _QUIET_S:
-                return
-            await asyncio.sleep(_QUIET_S / 5)
-
-
-def _own_services(models: Models, health: HealthServicer) -> tuple[Service, ...]:
-    inference = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-    add_inference = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
-    add_health = health_pb2_grpc.add_HealthServicer_to_server
+def _own_services(models: Models, servicer: InferenceServicer, health: HealthServicer) -> tuple[Service, ...]:
     return (
-        Service(inference, partial(add_inference, InferenceServicer(models))),
-        Service(health_pb2.DESCRIPTOR.services_by_name["Health"], partial(add_health, health)),
+        Service(
+            _INFERENCE,
+            partial(open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, servicer),
+            parsers=DESERIALISERS,
+        ),
+        Service(
+            _REPOSITORY,
+            partial(model_repository_pb2_grpc.add_ModelRepositoryServiceServicer_to_server, RepositoryServicer(models)),
+        ),
+        Service(
+            _HEALTH,
+            partial(health_pb2_grpc.add_HealthServicer_to_server, health),
+        ),
     )
 
 
-def _register(server: grpc.aio.Server, services: Iterable[Service]) -> None:
-    """Add the services, and reflection over all of them and itself."""
-    descriptors = [reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]]
-    for service in services:
-        service.add_to(server)
-        descriptors.append(service.descriptor)
-    # The descriptors come from two pools (docs/adr/0006), and reflection answers from one.
-    pool, seen = DescriptorPool(), set[str]()
-    for descriptor in descriptors:
-        _add_file(pool, descriptor.file, seen)
-    names = [descriptor.full_name for descriptor in descriptors]
-    reflection.enable_server_reflection(names, server, pool=pool)
-
-
-def _add_file(pool: DescriptorPool, file: FileDescriptor, seen: set[str]) -> None:
-    if file.name in seen:
-        return
-    seen.add(file.name)
-    for dependency in file.dependencies:
-        _add_file(pool, dependency, seen)
-    pool.AddSerializedFile(file.serialized_pb)
-
-
-def _names(services: Iterable[Service]) -> list[str]:
-    return [service.descriptor.full_name for service in services]
-
-
-def _options(server: settings_module.Server) -> list[tuple[str, int]]:
-    size = server.max_message_mib * _MEBIBYTE
-    return [
-        # Two servers on one port would each get some of the requests; the second is to be told instead.
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", size),
-        ("grpc.max_send_message_length", size),
-    ]
-
-
-def _check_address(where: settings_module.Server) -> None:
-    """Listen for a moment, before anything is loaded: gRPC itself says why it cannot bind on stderr alone.
-
-    Raises:
-        OSError: the port is in use, or the host is not one of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-    try:
-        socket.create_server((where.host, where.port), family=family).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise _port_in_use(where) from None
-        address = _address(where.host, where.port)
-        raise OSError(f"cannot listen on {address}: {error.strerror}; choose a host and port of this machine") from None
-
-
-def _bind(server: grpc.aio.Server, where: settings_module.Server) -> int:
-    """Listen, and return the port."""
-    try:
-        return server.add_insecure_port(_address(where.host, where.port))
-    except RuntimeError:
-        # It was free when it was checked.
-        raise _port_in_use(where) from None
-
-
-def _port_in_use(where: settings_module.Server) -> OSError:
-    return OSError(f"port {where.port} on {where.host} is in use; choose another with --port")
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _methods(services: Sequence[Service], boundary: Boundary) -> list[Method]:
+    """Return every method of the services, and of reflection over them, behind the boundary."""
+    described = ReflectionServicer([service.descriptor for service in services])
+    add_reflection = partial(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, described)
+    methods = []
+    for service in (*services, Service(reflection.DESCRIPTOR, add_reflection)):
+        handlers = Handlers()
+        service.add_to(handlers)
+        for path, handler in handlers.by_path.items():
+            parse = service.parsers.get(path.rpartition("/")[2], handler.request_deserializer)
+            methods.append(boundary.around(path, handler, parse))
+    return methods

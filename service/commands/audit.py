@@ -10,6 +10,7 @@ import typer
 
 from export.console import complain, console, print_table, progress
 from protos.audit.v1 import audit_pb2
+from service.commands.connection import Connection, connected
 
 if TYPE_CHECKING:
     from export.repository import Repository
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 FAILED = 1
 
-ServerOption = Annotated[
-    str, typer.Option("--server", envvar="TENET_SERVER", help="HOST:PORT of `tenet serve` or `tenet up`.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IdArgument = Annotated[str, typer.Argument(help="The audit's id, as `submit` printed it.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file.")]
@@ -32,12 +30,14 @@ def register(app: typer.Typer) -> None:
     """Add the verbs."""
     audit = typer.Typer(help="Attack, corrupt and compare deployed engines.", no_args_is_help=True)
     audit.command("run", epilog="Example: tenet audit run plan.toml --html report.html")(run)
-    audit.command("submit", epilog="Example: tenet audit submit plan.toml --server 127.0.0.1:8001")(submit)
-    audit.command("watch", epilog="Example: tenet audit watch ID --server 127.0.0.1:8001")(watch)
-    audit.command("show", epilog="Example: tenet audit show ID --server 127.0.0.1:8001")(show)
-    audit.command("list", epilog="Example: tenet audit list --server 127.0.0.1:8001")(list_audits)
-    audit.command("report", epilog="Example: tenet audit report ID --server 127.0.0.1:8001 --html r.html")(report)
-    audit.command("cancel", epilog="Example: tenet audit cancel ID --server 127.0.0.1:8001")(cancel)
+    audit.command("submit", epilog="Example: tenet audit submit plan.toml --server 127.0.0.1:8001")(connected(submit))
+    audit.command("watch", epilog="Example: tenet audit watch ID --server 127.0.0.1:8001")(connected(watch))
+    audit.command("show", epilog="Example: tenet audit show ID --server 127.0.0.1:8001")(connected(show))
+    audit.command("list", epilog="Example: tenet audit list --server 127.0.0.1:8001")(connected(list_audits))
+    audit.command("report", epilog="Example: tenet audit report ID --server 127.0.0.1:8001 --html r.html")(
+        connected(report)
+    )
+    audit.command("cancel", epilog="Example: tenet audit cancel ID --server 127.0.0.1:8001")(connected(cancel))
     app.add_typer(audit, name="audit")
 
 
@@ -68,20 +68,20 @@ def run(
     _exit_by(finished)
 
 
-def submit(plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")], server: ServerOption) -> None:
+def submit(plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")], connection: Connection) -> None:
     """Submit an audit to a server; the last line printed is its id alone."""
     from service.audit import plan as plans
 
     parsed = plans.read(plan)
-    with _client(server) as client:
+    with connection.client() as client:
         submitted = client.submit_audit(plans.to_toml(parsed))
     console.print(f"submitted: audit of {submitted.model}@{submitted.version}")
     typer.echo(submitted.id)
 
 
-def watch(audit_id: IdArgument, server: ServerOption) -> None:
+def watch(audit_id: IdArgument, connection: Connection) -> None:
     """Follow an audit until it has ended; exit code 1 if it failed, was cancelled, or a gate failed."""
-    with _client(server) as client:
+    with connection.client() as client:
         follow(client, [audit_id])
         ended = client.audit(audit_id)
         if ended.state != audit_pb2.AUDIT_STATE_SUCCEEDED:
@@ -92,9 +92,9 @@ def watch(audit_id: IdArgument, server: ServerOption) -> None:
     _exit_by(finished)
 
 
-def show(audit_id: IdArgument, server: ServerOption, *, as_json: JsonOption = False) -> None:
+def show(audit_id: IdArgument, connection: Connection, *, as_json: JsonOption = False) -> None:
     """Show where an audit stands."""
-    with _client(server) as client:
+    with connection.client() as client:
         audit = client.audit(audit_id)
     if as_json:
         typer.echo(json.dumps(_record(audit)))
@@ -103,13 +103,13 @@ def show(audit_id: IdArgument, server: ServerOption, *, as_json: JsonOption = Fa
 
 
 def list_audits(
-    server: ServerOption,
+    connection: Connection,
     limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 50,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """List audits, newest first."""
-    with _client(server) as client:
+    with connection.client() as client:
         audits = client.audits(limit=limit)
     if as_json:
         typer.echo(json.dumps([_record(audit) for audit in audits]))
@@ -117,20 +117,22 @@ def list_audits(
         print_table(["audit", "model", "state", "error"], [_row(audit) for audit in audits])
 
 
-def report(audit_id: IdArgument, server: ServerOption, json_file: JsonFile = None, html_file: HtmlFile = None) -> None:
+def report(
+    audit_id: IdArgument, connection: Connection, json_file: JsonFile = None, html_file: HtmlFile = None
+) -> None:
     """Fetch an audit's report: to files, or as a table."""
     from service.audit.report import Report
 
-    with _client(server) as client:
+    with connection.client() as client:
         content = client.audit_report(audit_id).decode()
     _write(content, json_file, html_file)
     if json_file is None and html_file is None:
         show_reports([Report.model_validate_json(content)])
 
 
-def cancel(audit_id: IdArgument, server: ServerOption) -> None:
+def cancel(audit_id: IdArgument, connection: Connection) -> None:
     """Cancel an audit: it stops before its next shard."""
-    with _client(server) as client:
+    with connection.client() as client:
         audit = client.cancel_audit(audit_id)
     console.print(f"audit {audit.id}: {_state(audit)}")
 
@@ -210,12 +212,6 @@ def _write(content: str, json_file: Path | None, html_file: Path | None) -> None
 def _exit_by(finished: Report) -> None:
     if finished.verdict == "fail":
         raise typer.Exit(FAILED)
-
-
-def _client(server: str) -> Client:
-    from service.client import Client
-
-    return Client(server)
 
 
 def _state(audit: audit_pb2.Audit) -> str:

@@ -35,8 +35,9 @@ class Companion:
         refused: it ended with exit code 2, for which this process has been told to end, too.
     """
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
+    def __init__(self, name: str, arguments: list[str], *, end_s: float = _END_SECONDS) -> None:
         self._name = name
+        self._end_s = end_s
         self._command = [sys.executable, "-m", "service", *arguments, "--parent", str(os.getpid())]
         self.refused = False
         self._stop = threading.Event()
@@ -48,7 +49,7 @@ class Companion:
             while process.poll() is None and not self._stop.wait(_RESTART_SECONDS):
                 pass
             if self._stop.is_set():
-                _end(process)
+                _end(process, self._end_s)
             elif process.returncode == _BAD_INPUT:
                 # It has said why, and would say so again: the whole command ends, as by Ctrl-C.
                 self.refused = True
@@ -57,6 +58,10 @@ class Companion:
             else:
                 console.print(f"the {self._name} ended with exit code {process.returncode}; starting another")
 
+    def ask_to_end(self) -> None:
+        """Have the process ended; the end of the block waits for it."""
+        self._stop.set()
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -64,7 +69,7 @@ class Companion:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self.ask_to_end()
         self._thread.join()
 
 
@@ -80,10 +85,10 @@ def end_with(parent: int | None) -> None:
         threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
     process.terminate()
     try:
-        process.wait(_END_SECONDS)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

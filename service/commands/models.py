@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from export.console import console, print_table
+from service.commands.connection import Connection, connected
 
 if TYPE_CHECKING:
     from export.manifest import Manifest
@@ -28,7 +29,8 @@ _HOURS = {"h": 1, "d": 24, "w": 24 * 7}
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     models = typer.Typer(
-        help="List, show, verify, promote and remove the models of a repository.", no_args_is_help=True
+        help="List, show, verify, promote and remove the models of a repository; ask a server how its models do.",
+        no_args_is_help=True,
     )
     models.command("list", epilog="Example: tenet models list --repository models")(list_models)
     models.command("show", epilog="Example: tenet models show digits --repository models")(show)
@@ -38,6 +40,7 @@ def register(app: typer.Typer) -> None:
     )
     models.command("remove", epilog="Example: tenet models remove digits@1 --repository models")(remove)
     models.command("prune", epilog="Example: tenet models prune --keep 3 --older-than 30d --repository models")(prune)
+    models.command("status", epilog="Example: tenet models status --server 127.0.0.1:8001")(connected(status))
     app.add_typer(models, name="models")
 
 
@@ -167,6 +170,28 @@ def prune(
     lines = [f"{what}: {verb}" for what in [*gone["versions"], *gone["remains"]]] or ["nothing to remove"]
     for line in [*lines, *(f"damaged, and left: {why}" for why in pruned.damaged)]:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def status(
+    connection: Connection,
+    *,
+    over: Annotated[
+        float, typer.Option("--over", min=0, max=3600, help="Seconds over which images/s are counted; 0 leaves it out.")
+    ] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the models of a running server: which versions answer, or why not, and what they have done."""
+    from service.commands import model_status
+
+    with connection.client() as client:
+        found = model_status.ask(client, over_s=over)
+    if as_json:
+        typer.echo(json.dumps([model_status.record(each) for each in found], indent=2))
+        return
+    print_table(model_status.HEADINGS, [model_status.row(each) for each in found])
+    for each in found:
+        if each.entry.reason:
+            console.print(f"{each.name}: {each.entry.reason}", markup=False, soft_wrap=True)
 
 
 def _say(record: dict[str, Any], line: str, *, as_json: bool) -> None:

@@ -19,6 +19,7 @@ import typer
 
 from export.console import console
 from service.commands.companion import Companion, end_with
+from service.commands.connection import Connection, connected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command("serve", epilog="Example: tenet serve --repository models --port 8001")(serve)
     app.command("work", epilog="Example: tenet work --repository models --state state")(work)
-    app.command("web", epilog="Example: tenet web --server 127.0.0.1:8001 --port 8080")(web)
+    app.command("web", epilog="Example: tenet web --server 127.0.0.1:8001 --port 8080")(connected(web))
     app.command("up", epilog="Example: tenet up --repository models --state state --port 8001")(up)
 
 
@@ -48,9 +49,23 @@ def serve(
     host: HostOption = None,
     port: PortOption = None,
     settings: SettingsOption = None,
+    *,
+    process: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent: ParentOption = None,
 ) -> None:
     """Serve predictions by gRPC (Open Inference Protocol); with --state the audit API as well."""
-    _serve(repository, state, _settings(settings, host, port))
+    chosen = _settings(settings, host, port)
+    if chosen.server.processes > 1 and process is None:
+        from service.commands.processes import serve_in_processes
+
+        if state is not None:
+            raise ValueError("--state: expected server.processes = 1 with it; serve audits by a server of their own")
+        given = {"--host": host, "--settings": settings}
+        options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        serve_in_processes(["--repository", repository, *options], chosen)
+        return
+    end_with(parent)
+    _serve(repository, state, chosen.for_process(process or 0))
 
 
 def work(repository: RepositoryOption, state: StateOption, parent: ParentOption = None) -> None:
@@ -75,7 +90,7 @@ def work(repository: RepositoryOption, state: StateOption, parent: ParentOption 
 
 
 def web(
-    server: Annotated[str, typer.Option(envvar="TENET_SERVER", help="HOST:PORT of `tenet serve --state`.")],
+    connection: Connection,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8080,
     parent: ParentOption = None,
@@ -83,7 +98,6 @@ def web(
     """Show audits and reports as web pages."""
     import uvicorn
 
-    from service.client import Client
     from service.web.dashboard import dashboard
 
     end_with(parent)
@@ -93,7 +107,7 @@ def web(
         raise OSError(
             f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another with --port"
         ) from None
-    with listener, Client(server) as client:
+    with listener, connection.client() as client:
         console.print(f"dashboard on http://{host}:{listener.getsockname()[1]}", markup=False, soft_wrap=True)
         # uvicorn ends in good order, and then raises the signal again; that must not be what the exit code says.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -134,9 +148,10 @@ def up(
 def _serve(
     repository: str, state: Path | None, settings: Settings, *, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    from service import server
+    from service import logs, memory, server
 
-    _log()
+    logs.configure(settings.logging)
+    memory.keep_freed_tensors()
 
     def announce(serving: Serving) -> None:
         names = ", ".join(serving.models) or "none"
@@ -146,8 +161,11 @@ def _serve(
         if on_ready is not None:
             on_ready(serving.address)
 
-    with _audit_services(repository, state, settings) as services:
-        asyncio.run(server.serve(repository, settings, on_ready=announce, services=services))
+    with (
+        _audit_services(repository, state, settings) as services,
+        asyncio.Runner(loop_factory=_loop_factory()) as runner,
+    ):
+        runner.run(server.serve(repository, settings, on_ready=announce, services=services))
     console.print("stopped")
 
 
@@ -159,11 +177,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
 
 
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's, where it is installed: a tenth less work a call than asyncio's own."""
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
 def _settings(path: Path | None, host: str | None, port: int | None) -> Settings:
     from service import settings
 
-    read = settings.Settings() if path is None else settings.read(path)
-    return read.listening(host=host, port=port)
+    return settings.read(path).listening(host=host, port=port)
 
 
 def _log() -> None:

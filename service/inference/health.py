@@ -1,6 +1,6 @@
 """The standard health service: `grpc.health.v1.Health`, Check and Watch.
 
-models, server --set--> statuses --Check: once, Watch: at every change--> load balancers, kubelets
+models change --changed--> watches wake --models' health now--> Watch: what differs    Check: once --> load balancers
 """
 
 # ruff: noqa: N802 - the protocol names its methods
@@ -16,9 +16,11 @@ from grpc_health.v1 import health_pb2_grpc
 from service.errors import NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
     import grpc
+
+    from service.inference.models import Models
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,34 +28,35 @@ _Status = pb.HealthCheckResponse
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """The health of the server ("") and of each name that it has been told of.
+    """The health of the server (""), of each model and of each service, as it is when it is asked or changes.
 
     Unlike the servicer of grpcio-health-checking it ends its watches at shutdown: there they would stay, and hold
     the server until its grace period is over.
     """
 
-    def __init__(self) -> None:
-        self._serving: dict[str, bool] = {}
+    def __init__(self, models: Models, *, services: Iterable[str] = ()) -> None:
+        self._models = models
+        self._services = frozenset(services)
         self._stopping = False
-        self._changed = asyncio.Condition()
+        # Set, and replaced, at each change.
+        self._change = asyncio.Event()
+        models.on_change = self.changed
 
-    async def set(self, serving: dict[str, bool]) -> None:
-        """Set whether each of these names is served."""
-        async with self._changed:
-            self._serving |= serving
-            self._changed.notify_all()
+    def changed(self) -> None:
+        """Have every watch look again; must be called in the event loop."""
+        self._change.set()
+        self._change = asyncio.Event()
 
     async def stop(self) -> None:
         """Say of everything that it is not served, and end all watches."""
-        async with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+        self._stopping = True
+        self.changed()
 
     async def Check(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:  # noqa: ARG002
         """Answer the health of one name; NOT_FOUND if it is not known."""
         status = self._status(request.service)
         if status == _Status.SERVICE_UNKNOWN:
-            known = ", ".join(repr(name) for name in sorted(self._serving))
+            known = ", ".join(map(repr, sorted({"", *self._services, *self._models.health})))
             raise NotFound(f"service {request.service!r}: expected one of {known}")
         return pb.HealthCheckResponse(status=status)
 
@@ -64,15 +67,20 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     ) -> AsyncIterator[pb.HealthCheckResponse]:
         """Stream the health of one name: now, and whenever it changes."""
         told = None
-        while not (self._stopping and self._status(request.service) == told):
+        while True:
+            change, stopping = self._change, self._stopping
             if (status := self._status(request.service)) != told:
+                told = status
                 yield pb.HealthCheckResponse(status=status)
-            told = status
-            async with self._changed:
-                while not self._stopping and self._status(request.service) == told:
-                    await self._changed.wait()
+            if stopping:
+                return
+            await change.wait()
 
     def _status(self, name: str) -> pb.HealthCheckResponse.ServingStatus:
-        if name not in self._serving:
+        if not name:
+            serving: bool | None = self._models.ready
+        else:
+            serving = self._models.health.get(name, True if name in self._services else None)
+        if serving is None:
             return _Status.SERVICE_UNKNOWN
-        return _Status.SERVING if self._serving[name] and not self._stopping else _Status.NOT_SERVING
+        return _Status.SERVING if serving and not self._stopping else _Status.NOT_SERVING

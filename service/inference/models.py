@@ -1,234 +1,326 @@
-"""The models that a server serves: every servable version of a repository, loaded once at the start.
+"""The models that a server serves: which, in which versions, and how they come and go.
 
-repository --each version--> parity, sha256, engine --ready--> ServedVersion (its engines behind a batcher)
-                                                    --not----> a reason, logged and told to who asks for it
+repository --start, load, poll--> Lifecycle of each model --switch--> find: one look into two dictionaries
+                                                          --unload--> found no more, finished, freed
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import defaultdict
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from export.engines import open_engine
 from export.manifest import checked_name
-from export.repository import open_repository
-from service.errors import InvalidArgument, NotFound
-from service.inference.batching import Batcher
+from export.repository import Repository, open_repository
+from service.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from service.inference import catalogue
+from service.inference.catalogue import Seen
+from service.inference.lifecycle import Entry, Lifecycle
+from service.inference.loading import Loader
+from service.inference.polling import Lookout
+from service.inference.serving import ServedVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
 
-    from export.engines.base import Engine, Inputs, Logits
-    from export.manifest import Manifest, Parity, TensorSpec
-    from export.repository import Repository, Version
-    from service.settings import Batching, Settings
+    from service.inference.statistics import Ledger
+    from service.settings import Settings
 
-# No version number has more digits; int() refuses to read some thousands of them.
-_LONGEST_VERSION = 18
+__all__ = ["Entry", "Models", "ServedVersion"]
 
-logger = logging.getLogger(__name__)
-
-
-class ServedVersion:
-    """One version that answers: its manifest, and its engines behind a batcher."""
-
-    def __init__(self, engines: Sequence[Engine], *, batching: Batching) -> None:
-        self.manifest: Manifest = engines[0].manifest
-        self.max_batch = min(batching.max_batch_size or self.manifest.max_batch, self.manifest.max_batch)
-        self._engines = engines
-        self._batcher = Batcher(
-            engines,
-            name=str(self),
-            max_batch=self.max_batch,
-            max_queue=batching.max_queue_size,
-            max_delay_s=batching.max_queue_delay_ms / 1000,
-        )
-
-    def __str__(self) -> str:
-        return f"{self.manifest.model}@{self.manifest.version}"
-
-    @property
-    def input(self) -> TensorSpec:
-        """The tensor that an engine takes."""
-        return self.manifest.inputs[0]
-
-    @property
-    def output(self) -> TensorSpec:
-        """The tensor that an engine answers with."""
-        return self.manifest.outputs[0]
-
-    async def infer(self, inputs: Inputs) -> Logits:
-        """Return the answers to 1 to `max_batch` images, as the engine takes them; raises as `Batcher.submit` does."""
-        return await self._batcher.submit(inputs)
-
-    async def drain(self) -> None:
-        """Refuse what still comes, and answer what waits."""
-        await self._batcher.close()
-
-    async def close(self) -> None:
-        """Drain, then free the engines."""
-        await self.drain()
-        for engine in self._engines:
-            engine.close()
+# Seconds that an unload waits for the memory to be given back: a version that nobody uses takes milliseconds. One
+# that is busy goes on answering afterwards, and the index says UNLOADING.
+_PATIENCE_S = 1.0
 
 
 class Models:
-    """All versions of a repository: those that are served, and why the others are not."""
+    """All models of a repository: those that are served, and why the others are not.
 
-    def __init__(self) -> None:
-        self._served: dict[str, dict[int, ServedVersion]] = defaultdict(dict)
-        self._reasons: dict[str, dict[int, str]] = defaultdict(dict)
-        self._broken: set[str] = set()
-        # Set when the server has been told to end: it still answers, and says that it will not for long.
+    Its methods must be called in the event loop, but for `all`.
+
+    Args:
+        location: the repository: a folder, or a URL that `open_repository` takes.
+        settings: how to serve.
+
+    Attributes:
+        retiring: set when the server has been told to end: it still answers, and says that it will not for long.
+        on_change: called when what is served, or whether the server is ready, may have changed.
+
+    Raises:
+        ValueError: the location is none.
+        RuntimeError: the package that speaks to such a store is not installed.
+    """
+
+    def __init__(self, location: str | Path, settings: Settings) -> None:
         self.retiring = False
+        self.on_change: Callable[[], None] = _nothing
+        self._repository = open_repository(location)
+        self._settings = settings
+        self._loader = Loader(self._repository, settings)
+        self._lookout = Lookout(self._repository)
+        self._models: dict[str, Lifecycle] = {}
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._polling: asyncio.Task[None] | None = None
+        # Models that the server is not ready without, and all that it ever had, for health.
+        self._required: frozenset[str] = frozenset()
+        self._names: set[str] = set()
+        self._served: tuple[ServedVersion, ...] = ()
+        self._started = self._ended = False
 
-    async def load(self, folder: str | Path, settings: Settings) -> None:
-        """Load every version of a repository; one that cannot be served keeps none of the others from it.
+    @property
+    def ledger(self) -> Ledger:
+        """The statistics of all versions that were ever served."""
+        return self._loader.ledger
+
+    async def start(self) -> None:
+        """Load what the settings say; one version that cannot be served keeps none of the others from it.
 
         Raises:
-            FileNotFoundError: there is no such folder.
+            FileNotFoundError: there is no such repository, or it lacks a model that the settings name.
+            OSError: the store cannot be reached.
         """
-        repository = open_repository(folder)
-        for model in repository.models():
-            for number in repository.versions(model):
-                await self._load_version(repository, model, number, settings=settings)
+        seen = await self._lookout.ask(catalogue.look)
+        self._names |= seen.keys()
+        wanted = self._wanted(seen)
+        self._required = frozenset(wanted)
+        self._list({name: model for name, model in seen.items() if name not in wanted})
+        await asyncio.gather(*(self._own(self._bring(seen[name])) for name in wanted))
+        self._started = True
+        self.on_change()
+        if self._settings.models.mode == "poll" and not self._ended:
+            watching = self._lookout.watch(self._apply, interval_s=self._settings.models.poll_interval_s)
+            self._polling = asyncio.create_task(watching)
 
-    async def drain(self) -> None:
-        """Refuse what still comes, and answer what waits."""
-        await asyncio.gather(*(version.drain() for version in self._all()))
+    async def refresh(self) -> None:
+        """Look at the repository now; in the mode `poll` serve what it holds, otherwise only list it.
 
-    async def close(self) -> None:
-        """Drain, then free all engines."""
-        await asyncio.gather(*(version.close() for version in self._all()))
-
-    def _all(self) -> list[ServedVersion]:
-        return [version for served in self._served.values() for version in served.values()]
-
-    @property
-    def served(self) -> list[str]:
-        """The names of the models that have a version that answers."""
-        return sorted(self._served)
-
-    @property
-    def health(self) -> dict[str, bool]:
-        """Whether each model of the repository answers."""
-        return {model: model in self._served for model in sorted({*self._served, *self._reasons})}
-
-    @property
-    def ready(self) -> bool:
-        """Whether no model that should be served is without a version that answers, and none is retiring.
-
-        A model all of whose versions lack the proof of parity is not meant to be served (here, or yet).
+        What has been blocked is taken out in every mode. A repository that cannot be reached changes nothing.
         """
-        return not self.retiring and self._broken <= self._served.keys()
+        if not self._ended and (seen := await self._lookout.look()) is not None:
+            await asyncio.gather(*self._apply(seen))
 
-    def versions(self, model: str) -> list[int]:
-        """Return the versions of a model that answer, ascending."""
-        return sorted(self._served.get(model, {}))
+    async def load(self, model: str) -> None:
+        """Load a model as the repository has it now, also if it is served already; it goes on answering meanwhile.
+
+        A caller that is cancelled does not stop it.
+
+        Raises:
+            InvalidArgument: the name is none.
+            NotFound: the repository has no such model.
+            FailedPrecondition: clients may not load, or a version cannot be loaded; what was served still is.
+            Unavailable: the repository cannot be reached, or the server is shutting down.
+        """
+        self._check(model)
+        await self._own(self._load(model))
+
+    async def unload(self, model: str) -> None:
+        """Take all versions of a model out of service at once; what they were asked before is answered.
+
+        Returns when their memory has been given back; if that takes long, before. An unknown model is no error.
+
+        Raises:
+            InvalidArgument: the name is none.
+            FailedPrecondition: clients may not unload.
+            Unavailable: the server is shutting down.
+        """
+        self._check(model)
+        await self._own(self._unload(model))
 
     def find(self, model: str, version: str = "") -> ServedVersion:
-        """Return a version, the latest that answers if none is named.
+        """Return a version. Whoever holds it is answered by it, though it be taken out meanwhile.
+
+        Args:
+            model: its name.
+            version: its number, an alias, or "" for the default: the default alias's, or the newest that answers.
 
         Raises:
             InvalidArgument: the name or the version is none.
             NotFound: there is no such model or version, or it could not be loaded; the message says why.
         """
-        number = _checked(model, version)
-        if model not in self._served and model not in self._reasons:
+        lifecycle = self._models.get(model)
+        if lifecycle is not None and (found := lifecycle.routes.get(version)) is not None:
+            return found
+        return self._missing(model, version, lifecycle)
+
+    def versions(self, model: str) -> list[int]:
+        """Return the versions of a model that answer, ascending."""
+        return sorted(self._models[model].served) if model in self._models else []
+
+    def aliases(self, version: ServedVersion) -> list[str]:
+        """Return the aliases that a version answers to, in alphabetical order."""
+        manifest = version.manifest
+        return self._models[manifest.model].aliases_of(manifest.version) if manifest.model in self._models else []
+
+    def all(self) -> tuple[ServedVersion, ...]:
+        """Return all versions that answer, by name and number; any thread may ask."""
+        return self._served
+
+    def index(self) -> list[Entry]:
+        """Return what there is to say of every version of every model, as the last look has shown them."""
+        return [entry for _, lifecycle in sorted(self._models.items()) for entry in lifecycle.entries()]
+
+    @property
+    def served(self) -> list[str]:
+        """The names of the models that have a version that answers."""
+        return sorted(name for name, lifecycle in self._models.items() if lifecycle.served)
+
+    @property
+    def health(self) -> dict[str, bool]:
+        """Whether each model answers; those that the repository no longer has do not."""
+        served = set(self.served)
+        return {name: name in served for name in sorted(self._names)}
+
+    @property
+    def ready(self) -> bool:
+        """Whether all is loaded, no model that was there at the start is without an answer, and none is retiring.
+
+        A model all of whose versions lack the proof of parity is not meant to be served (here, or yet). One that came
+        later and never answered makes the server no worse than it was.
+        """
+        if self.retiring or not self._started:
+            return False
+        return not any(self._models[name].broken for name in self._required & self._models.keys())
+
+    async def drain(self) -> None:
+        """Refuse what still comes, and answer what waits."""
+        self._ended = True
+        if self._polling is not None:
+            self._polling.cancel()
+        await asyncio.gather(self._loader.drain(), *(version.drain() for version in self._served))
+
+    async def close(self) -> None:
+        """Drain, then free all engines; those that are being loaded, too, if that ends within the grace period."""
+        await self.drain()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._settings.server.shutdown_grace_s)
+        await asyncio.gather(*(version.close() for version in self._served))
+
+    def _wanted(self, seen: Mapping[str, Seen]) -> list[str]:
+        choice = self._settings.models
+        if choice.mode != "explicit" or "*" in choice.load:
+            return sorted(seen)
+        if unknown := sorted({*choice.load} - seen.keys()):
+            known = ", ".join(sorted(seen)) or "none"
+            raise FileNotFoundError(
+                f"models.load: expected models of {self._repository.location} ({known}), got {', '.join(unknown)}"
+            )
+        return sorted({*choice.load})
+
+    def _check(self, model: str) -> None:
+        mode = self._settings.models.mode
+        if mode != "explicit":
+            raise FailedPrecondition(
+                f"clients may not load and unload models here: models.mode is {mode!r}; set it to 'explicit'"
+            )
+        if self._ended:
+            raise Unavailable("the server is shutting down; try again, or elsewhere")
+        _check_name(model)
+
+    async def _load(self, model: str) -> None:
+        async with self._lock(model):
+            try:
+                seen = await self._lookout.ask(partial(catalogue.look_at, model=model))
+                if seen is None and model not in self._models:
+                    known = ", ".join(await self._lookout.ask(Repository.models)) or "none"
+                    raise NotFound(f"model {model!r}: not in the repository; its models are: {known}")
+            except OSError as error:
+                raise Unavailable(f"model {model!r}: {error}") from None
+            if seen is None:
+                raise NotFound(f"model {model!r}: no longer in the repository; `unload` ends what is served of it")
+            failed = await self._lifecycle(model).bring(seen, reload=True)
+        self.on_change()
+        if failed:
+            told = "; ".join(f"version {number}: {reason}" for number, reason in failed.items())
+            raise FailedPrecondition(f"model {model!r} could not be loaded: {told}")
+        try:
+            self.find(model)
+        except NotFound as error:
+            raise FailedPrecondition(str(error)) from None
+
+    async def _unload(self, model: str) -> None:
+        async with self._lock(model):
+            ending = self._models[model].unload() if model in self._models else []
+            if ending:
+                await asyncio.wait(ending, timeout=_PATIENCE_S)
+
+    async def _bring(self, seen: Seen) -> None:
+        async with self._lock(seen.model):
+            await self._lifecycle(seen.model).bring(seen, reload=False)
+        self.on_change()  # one that failed may leave the server not ready, without a switch
+
+    def _apply(self, seen: Mapping[str, Seen]) -> list[asyncio.Future[None]]:
+        """Bring every model in line with what has been seen; return what is done when they are."""
+        if self._ended:
+            return []
+        gone = {name: Seen(name) for name in self._models if name not in seen}
+        every = {**seen, **gone}
+        for model in every.values():
+            self._lifecycle(model.model).refuse(model)
+        if self._settings.models.mode != "poll":
+            self._list(every)
+            return []
+        for name in [name for name in gone if self._models[name].ended]:
+            del self._models[name], every[name]
+        # What is being loaded is looked at again the next time.
+        idle = [model for name, model in every.items() if not self._lock(name).locked()]
+        return [self._own(self._bring(model)) for model in idle]
+
+    def _list(self, seen: Mapping[str, Seen]) -> None:
+        for model in seen.values():
+            lifecycle = self._lifecycle(model.model)
+            lifecycle.refuse(model)
+            lifecycle.listed(model, reason="not loaded")
+
+    def _lifecycle(self, model: str) -> Lifecycle:
+        if model not in self._models:
+            settings = self._settings.of(model)
+            self._models[model] = Lifecycle(
+                model, choice=settings.models, loader=self._loader, on_switch=self._switched
+            )
+            self._names.add(model)
+        return self._models[model]
+
+    def _lock(self, model: str) -> asyncio.Lock:
+        return self._locks.setdefault(model, asyncio.Lock())
+
+    def _switched(self) -> None:
+        self._served = tuple(
+            version for _, lifecycle in sorted(self._models.items()) for _, version in sorted(lifecycle.served.items())
+        )
+        self.on_change()
+
+    def _missing(self, model: str, version: str, lifecycle: Lifecycle | None) -> ServedVersion:
+        """Return a version that was written unusually, or say why there is none."""
+        if model:  # an empty one is merely unknown
+            _check_name(model)
+        if lifecycle is None or not lifecycle.known:
             known = ", ".join(self.served) or "none"
             raise NotFound(f"model {model!r}: not served here; the models are: {known}")
-        served = self._served.get(model, {})
-        if number is None and served:
-            return served[max(served)]
-        if number in served:
-            return served[number]
-        raise NotFound(self._why_not(model, number))
+        return lifecycle.find(version)
 
-    def _why_not(self, model: str, number: int | None) -> str:
-        reasons = self._reasons.get(model, {})
-        if number is None:
-            told = "; ".join(f"version {version}: {reason}" for version, reason in sorted(reasons.items()))
-            return f"model {model!r} has no version that can be served; {told}"
-        if number in reasons:
-            return f"model {model!r}: version {number} cannot be served: {reasons[number]}"
-        known = ", ".join(map(str, self.versions(model))) or "none"
-        return f"model {model!r} has no version {number}; the versions are: {known}"
+    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
+        """Run work that goes on when whoever wanted it has gone."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return asyncio.shield(task)
 
-    async def _load_version(self, repository: Repository, model: str, number: int, *, settings: Settings) -> None:
-        try:
-            version = await asyncio.to_thread(_described, repository, model, number)
-            reason = _reason_against(version.manifest.parity, version=str(version))
-            if reason is None:
-                engines = await asyncio.to_thread(_open, version, settings=settings)
-                self._served[model][number] = ServedVersion(engines, batching=settings.batching)
-                return
-        except Exception as error:  # noqa: BLE001 - whatever a file or a runtime does, the other models are served
-            reason = str(error)
-            self._broken.add(model)
-        self._reasons[model][number] = reason
-        logger.warning("%s@%s is not served: %s", model, number, reason)
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may have gone
 
 
-def _checked(model: str, version: str) -> int | None:
+def _check_name(model: str) -> None:
     try:
-        # Nothing but a plain name can be in the repository; an empty one is merely unknown.
-        checked_name(model or "none")
+        # Nothing but a plain name can be in the repository.
+        checked_name(model)
     except ValueError as error:
         raise InvalidArgument(str(error)) from None
-    if not version:
-        return None
-    if not (version.isascii() and version.isdecimal() and len(version) <= _LONGEST_VERSION):
-        raise InvalidArgument(f"model version {version!r}: expected a whole number, or nothing for the latest")
-    return int(version)
 
 
-def _described(repository: Repository, model: str, number: int) -> Version:
-    """Return a version whose manifest is its own, of one image in and one answer out."""
-    version = repository.find(model, number)
-    manifest = version.manifest
-    if (manifest.model, manifest.version) != (model, number):
-        raise ValueError(f"its manifest is that of {version}; export the model again")
-    if len(manifest.inputs) != 1 or len(manifest.outputs) != 1:
-        counts = f"{len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs"
-        raise ValueError(f"expected one input and one output, got {counts}; export the model again")
-    return version
-
-
-def _reason_against(parity: Parity, *, version: str) -> str | None:
-    """Return why a version is not meant to be served, None if it is."""
-    explanation = parity.explanation or "no explanation"
-    match parity.status:
-        case "passed":
-            return None
-        case "failed":
-            return f"blocked: its proof of parity failed: {explanation}; export it in another precision"
-        case "not run":
-            return (
-                f"unproven: its proof of parity has not run: {explanation}; "
-                f"complete it with `tenet models verify {version}`"
-            )
-
-
-def _open(version: Version, *, settings: Settings) -> list[Engine]:
-    wanted = settings.engine
-    with ExitStack() as opened:
-        engines = [
-            opened.enter_context(
-                open_engine(
-                    version.folder,
-                    device=wanted.device,
-                    provider=wanted.provider,
-                    threads=wanted.threads,
-                    instances=wanted.instances,
-                    rebuild=wanted.rebuild,
-                    cache=wanted.cache,
-                )
-            )
-            for _ in range(wanted.instances)
-        ]
-        opened.pop_all()
-    return engines
+def _nothing() -> None:
+    """Tell nobody."""

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export import images
+from export import images, pictures
 from export.images import Share
+from export.manifest import Preprocessing
 from training import checkpoint, datasets
 
 SHAPE = (3, 16, 16)
@@ -81,11 +82,27 @@ def test_the_hash_is_of_the_pixels(tmp_path: Path) -> None:
     assert records[0].sha256 == records[1].sha256 != records[2].sha256
 
 
-def test_images_of_another_size_than_an_oblong_input_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(3, 16, 20), (1, 16, 16), SHAPE], ids=str)
+@pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing(resize=22, interpolation="bicubic")], ids=str)
+def test_images_are_what_a_server_makes_of_the_files(
+    shape: tuple[int, int, int], preprocessing: Preprocessing, tmp_path: Path
+) -> None:
     (tmp_path / "cat").mkdir()
-    Image.new("RGB", (30, 24)).save(tmp_path / "cat" / "0.png")
-    with pytest.raises(ValueError, match=r"expected 3 x 16 x 20 \(channels, height, width\), got 3 x 24 x 30"):
-        images.from_folder(tmp_path, share=Share(1), image_shape=(3, 16, 20), class_names=("cat",))
+    values = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "cat" / "0.png")
+    chosen = images.from_folder(
+        tmp_path, share=Share(1), image_shape=shape, class_names=("cat",), preprocessing=preprocessing
+    )
+    content = (tmp_path / "cat" / "0.png").read_bytes()
+    served = pictures.pixels(content, image_shape=shape, preprocessing=preprocessing)
+    np.testing.assert_array_equal(chosen.images[0], served.transpose(2, 0, 1) / np.float32(255))
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cat/0\.png: expected a JPEG, PNG or WebP image"):
+        images.from_folder(tmp_path, share=Share(1), image_shape=SHAPE, class_names=("cat",))
 
 
 def test_an_input_of_one_channel_gets_grey_images(tmp_path: Path) -> None:

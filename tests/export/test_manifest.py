@@ -104,3 +104,27 @@ def test_numbers_are_those_that_servers_can_hold(change: dict[str, int], own_mod
     record = own_models.find("digits").manifest.model_dump(mode="json")
     with pytest.raises(ValidationError, match=next(iter(change))):
         manifest.Manifest.model_validate({**record, **change})
+
+
+def test_a_manifest_from_before_there_was_preprocessing_is_the_same_to_the_byte(own_models: Repository) -> None:
+    path = own_models.find("digits").folder / manifest.FILE_NAME
+    old = path.read_bytes()
+    assert b"preprocessing" not in old
+    read = manifest.from_json(old, source="here")
+    assert read.preprocessing == manifest.Preprocessing()
+    assert read.as_json() == old
+
+
+def test_preprocessing_travels_with_a_manifest(own_models: Repository) -> None:
+    chosen = manifest.Preprocessing(resize=40, interpolation="bicubic")
+    described = own_models.find("digits").manifest.model_copy(update={"preprocessing": chosen})
+    assert manifest.from_json(described.as_json(), source="here").preprocessing == chosen
+
+
+@pytest.mark.parametrize(
+    "change", [{"resize": 7}, {"resize": 0}, {"resize": 1 << 15}, {"interpolation": "box"}, {"crop": 0.9}], ids=str
+)
+def test_preprocessing_that_cannot_be_done_is_refused(change: dict[str, object], own_models: Repository) -> None:
+    record = own_models.find("digits").manifest.model_dump(mode="json")
+    with pytest.raises(ValidationError, match=r"preprocessing|resize"):
+        manifest.Manifest.model_validate({**record, "preprocessing": change})

@@ -15,6 +15,7 @@ from PIL import Image
 from export import manifest as manifests
 from export import onnx_graph, parity, precision, publish, twin
 from export.engines import open_engine
+from export.manifest import Preprocessing
 from export.mapping import Mapping
 from export.parity import ParityFailed
 from export.publish import Form, Terms
@@ -241,6 +242,31 @@ def test_anybody_s_onnx_is_proved_against_itself(digits_run: Path, own_models: R
         np.testing.assert_allclose(engine.classify(images), expected, atol=1e-3)
     path.unlink()
     assert publish.verify(version, repository=own_models).manifest == manifest
+
+
+def test_how_images_are_resized_is_kept_and_proved_and_inherited(
+    own_models: Repository, tmp_path: Path, digit_folder: Path
+) -> None:
+    path = tmp_path / "theirs.onnx"
+    path.write_bytes((own_models.find("digits").folder / "model.onnx").read_bytes())
+    chosen = Preprocessing(resize=40, interpolation="bicubic")
+    plain, resized = (
+        publish.publish_onnx(
+            path, repository=own_models, name=name, mapping=Mapping(), form=form, terms=Terms(images=digit_folder)
+        )
+        for name, form in (("plain", Form()), ("resized", Form(preprocessing=chosen)))
+    )
+    assert resized.manifest.preprocessing == chosen
+    assert "--resize 40 --interpolation bicubic" in resized.manifest.build.command
+    assert plain.manifest.parity.images is not None
+    assert resized.manifest.parity.images is not None
+    assert plain.manifest.parity.images.sha256 != resized.manifest.parity.images.sha256
+    verified = publish.verify(resized, repository=own_models, images=digit_folder).manifest
+    assert verified.parity.images == resized.manifest.parity.images
+    variant = publish_variant(
+        resized, repository=own_models, name="half", variant=Variant("fp16"), terms=Terms(images=digit_folder)
+    )
+    assert variant.manifest.preprocessing == chosen
 
 
 def test_a_file_that_is_no_classifier_publishes_nothing(own_models: Repository, tmp_path: Path) -> None:

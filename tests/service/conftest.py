@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +19,8 @@ from export.engines.base import FakeEngine, Images, Inputs, Logits
 from export.manifest import Manifest, Parity, Requirements, TensorSpec
 from export.repository import Repository, Version
 from service.client import Client
-from service.inference import models
+from service.inference import loading
+from service.inference.models import Models
 from service.server import Service, Serving, running
 from service.settings import Settings
 
@@ -33,6 +34,7 @@ MAX_BATCH = 8
 Output = Literal["logits", "probabilities"]
 Start = Callable[..., Serving]
 Publish = Callable[..., Version]
+Loaded = Callable[..., AbstractAsyncContextManager[Models]]
 
 
 def small_onnx(
@@ -162,6 +164,22 @@ def start(loop: asyncio.AbstractEventLoop) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="session")
+def loaded() -> Loaded:
+    """Load the models of a repository without a server, in the test's own event loop."""
+
+    @asynccontextmanager
+    async def loaded(location: str | Path, settings: Settings | None = None) -> AsyncIterator[Models]:
+        models = Models(location, settings or Settings())
+        try:
+            await models.start()
+            yield models
+        finally:
+            await models.close()
+
+    return loaded
+
+
+@pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory, publish: Publish) -> Path:
     """Models of all kinds.
 
@@ -203,31 +221,45 @@ def triton(serving: Serving) -> Iterator[tritonclient.grpc.InferenceServerClient
 
 
 class GatedEngine(FakeEngine):
-    """A linear classifier that answers when its gate is open, and keeps count."""
+    """A linear classifier that answers when its gate is open, and keeps count; its warm-up passes the gate.
+
+    `batches`: images of each call; `warmed_up`: of those of the warm-up, before somebody was served.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest, weights=weights_of(0))
         self.gate = threading.Event()
         self.entered = threading.Event()
+        self.closed = threading.Event()
         self.batches: list[int] = []
+        self.warmed_up: list[int] = []
 
     def _run(self, inputs: Inputs) -> Logits:
+        if threading.current_thread().name.startswith("loading"):
+            self.warmed_up.append(len(inputs))
+            return super()._run(inputs)
         self.batches.append(len(inputs))
         self.entered.set()
         if not self.gate.wait(20):
             raise TimeoutError("nobody opened the gate")
         return super()._run(inputs)
 
+    def close(self) -> None:
+        self.closed.set()
+
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> list[GatedEngine]:
-    """Make servers that start later serve gated engines; they are kept here."""
+    """Make servers that start later serve gated engines; they are kept here, by model and version."""
     opened: list[GatedEngine] = []
+    opening = threading.Lock()
 
     def open_gated(folder: Path, **options: object) -> GatedEngine:
         del options
-        opened.append(GatedEngine(manifests.verify(folder)))
-        return opened[-1]
+        with opening:
+            opened.append(engine := GatedEngine(manifests.verify(folder)))
+            opened.sort(key=lambda each: (each.manifest.model, each.manifest.version))
+        return engine
 
-    monkeypatch.setattr(models, "open_engine", open_gated)
+    monkeypatch.setattr(loading, "open_engine", open_gated)
     return opened

@@ -38,7 +38,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         cache = "/var/cache/tenet"
         """
     )
-    assert settings.read(path).model_dump() == {
+    read = settings.read(path).model_dump(exclude_defaults=True)
+    assert read == {
         "server": {"host": "0.0.0.0", "port": 9000, "max_message_mib": 8, "shutdown_grace_s": 2.0},
         "batching": {"max_batch_size": 4, "max_queue_size": 16, "max_queue_delay_ms": 1.5},
         "engine": {
@@ -52,11 +53,67 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_what_differs_for_one_model_replaces_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("[batching]\nmax_queue_size = 3\n[model.large.batching]\nmax_batch_size = 2\n")
+    read = settings.read(path)
+    assert read.of("other").batching.max_queue_size == 3
+    large = read.of("large").batching
+    assert (large.max_batch_size, large.max_queue_size) == (2, Settings().batching.max_queue_size)
+
+
+def test_variables_go_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("[server]\nport = 1\nhost = '::1'\n")
+    environment = {
+        "TENET_SERVER__PORT": "2",
+        "TENET_LOGGING__FORM": "json",
+        "TENET_MODELS__LOAD": '["a", "b"]',
+        "TENET_MODEL__A__BATCHING__MAX_BATCH_SIZE": "4",
+        "TENET_SERVER": "127.0.0.1:8001",
+        "HOME": "/root",
+    }
+    read = settings.read(path, environment=environment)
+    assert (read.server.host, read.server.port, read.logging.form) == ("::1", 2, "json")
+    assert read.models.load == ("a", "b")
+    assert read.of("a").batching.max_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TENET_SERVER__PRT", "1", r"environment: server\.prt: unknown key"),
+        ("TENET_SERVER__PORT", "many", r"environment: server\.port: .*integer.*, got 'many'"),
+        ("TENET_SERVER__PORT__X", "1", r"TENET_SERVER__PORT__X: .*port is no table"),
+    ],
+)
+def test_mistakes_in_variables_name_them(tmp_path: Path, name: str, value: str, message: str) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("[server]\nport = 1\n")
+    with pytest.raises(ValueError, match=message):
+        settings.read(path, environment={name: value})
+
+
+def test_every_process_has_a_page_of_metrics_of_its_own() -> None:
+    chosen = Settings.model_validate({"metrics": {"port": 8002}})
+    assert [chosen.for_process(index).metrics.port for index in range(2)] == [8002, 8003]
+    assert Settings().for_process(1) == Settings()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[server]\nprot = 1", r"server\.prot: unknown key; remove it or correct its spelling"),
-        ("[tls]\ncert = 'x'", r"tls: unknown key"),
+        ("[tls]\ncert = 'x'", r"tls\.cert: unknown key"),
+        ("[auth.tokens]\nname = 'x'", r"auth\.tokens: "),
+        (
+            "[server]\nfront = 'native'\n[tls]\ncertificate = 'a'\nkey = 'b'",
+            r"document: server\.front: expected \"grpc\" with \[tls\]",
+        ),
+        (
+            "[auth]\n[[auth.certificates]]\nname = 'x'\nroles = []",
+            r"document: auth\.certificates: expected tls\.client_ca",
+        ),
         ("[server]\nport = 65536", r"server\.port: input should be less than or equal to 65535, got 65536"),
         ("[server]\nport = '8001'", r"server\.port: input should be a valid integer, got '8001'"),
         ("[batching]\nmax_queue_size = 0", r"batching\.max_queue_size: .*, got 0"),

@@ -197,6 +197,7 @@ def _as_a_stranger(run: Path, path: Path) -> None:
     [
         (["export", "run", "--from", "digits"], "got a RUN folder and --from NAME; give one alone"),
         (["export", "--from", "digits", "--labels", "a,b"], "--labels: has an effect with --factory alone"),
+        (["export", "--from", "digits", "--resize", "40"], "--resize: has an effect with --factory alone"),
         (["export", "--from", "digits", "--input", "uint8"], "--input: has an effect with a RUN folder or --factory"),
         (["export", "--from", "digits", "--profile", "1,2,3"], "--profile: has an effect with --runtime tensorrt"),
         (

@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from service import __main__ as command_line
+from tests.service.client.answering import Answering
+from tests.service.client.answering import serving as answering_server
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from service.server import Serving
+
+
+@pytest.fixture
+def answering() -> Answering:
+    return Answering()  # type: ignore[abstract]  # what it does not implement, nobody asks
 
 
 @pytest.fixture
@@ -50,3 +57,79 @@ def test_several_images_are_resized_and_answered_in_their_order(
     Image.open(picture).resize((40, 30)).save(tmp_path / "large.png")
     found = predicted(serving, str(picture), str(tmp_path / "large.png"), "--model", "stored")
     assert [each["image"] for each in found] == [str(picture), str(tmp_path / "large.png")]
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".tiff", ".ppm"])
+def test_other_formats_than_servers_decode_are_converted(
+    serving: Serving, picture: Path, tmp_path: Path, suffix: str
+) -> None:
+    other = tmp_path / f"other{suffix}"
+    with Image.open(picture) as image:
+        image.save(other)
+    with Image.open(other) as image:
+        image.convert("RGB").save(tmp_path / "same.png")
+    found, same = predicted(serving, str(other), str(tmp_path / "same.png"), "--model", "linear")
+    assert (found["class"], found["probability"]) == (same["class"], same["probability"])
+
+
+def test_a_photograph_is_seen_upright(serving: Serving, picture: Path, tmp_path: Path) -> None:
+    """A camera that was held sideways stores the image so, and says it in EXIF."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(picture).rotate(90, expand=True).save(tmp_path / "sideways.png", exif=exif)
+    upright, sideways = predicted(serving, str(picture), str(tmp_path / "sideways.png"), "--model", "linear")
+    assert sideways["probability"] == pytest.approx(upright["probability"], rel=1e-4)
+    assert sideways["class"] == upright["class"]
+
+
+def test_a_folder_is_its_images_by_name(serving: Serving, picture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    (folder / "below").mkdir(parents=True)
+    names = ["b.png", "a.PNG", "below/c.png"]
+    for name in names:
+        (folder / name).write_bytes(picture.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    found = predicted(serving, str(folder), "--model", "linear")
+    assert [each["image"] for each in found] == [str(folder / name) for name in sorted(names)]
+
+
+def test_the_most_probable_classes_come_first(serving: Serving, picture: Path) -> None:
+    (found,) = predicted(serving, str(picture), "--model", "linear", "--top", "3")
+    shares = [each["probability"] for each in found["top"]]
+    assert len(shares) == 3
+    assert shares == sorted(shares, reverse=True)
+    assert found["top"][0] == {"class": found["class"], "probability": found["probability"]}
+
+
+def test_the_table_has_a_row_for_each_class(serving: Serving, picture: Path) -> None:
+    arguments = ["predict", str(picture), "--model", "linear", "--top", "2", "--server", serving.address]
+    result = CliRunner().invoke(command_line.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert sum("%" in line for line in result.stdout.splitlines()) == 2
+    assert result.stdout.count("a.png") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff broken"])
+def test_the_file_that_is_no_image_is_named(serving: Serving, picture: Path, tmp_path: Path, content: bytes) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(content)
+    arguments = ["predict", str(picture), str(broken), "--model", "linear", "--server", serving.address]
+    result = CliRunner().invoke(command_line.app, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith(f"{broken}: expected ")
+
+
+def test_a_folder_without_images_is_named(serving: Serving, tmp_path: Path) -> None:
+    arguments = ["predict", str(tmp_path), "--model", "linear", "--server", serving.address]
+    result = CliRunner().invoke(command_line.app, arguments)
+    assert str(result.exception).startswith(f"{tmp_path}: expected a folder with images, found none")
+
+
+def test_a_server_that_does_not_decode_is_sent_arrays(answering: Answering, picture: Path) -> None:
+    with answering_server(answering) as address:
+        arguments = ["predict", str(picture), str(picture), "--model", "m", "--server", address, "--json"]
+        result = CliRunner().invoke(command_line.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert [each["class"] for each in json.loads(result.stdout)] == ["a", "a"]
+    (request,) = answering.requests
+    assert (request.inputs[0].datatype, list(request.inputs[0].shape)) == ("FP32", [2, 3, 2, 2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,24 +15,13 @@ from service.inference.models import Models
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from export.engines.base import Images
-    from tests.service.conftest import GatedEngine, Publish
+    from tests.service.conftest import GatedEngine, Loaded, Publish
 
 
-@asynccontextmanager
-async def loaded(folder: Path, settings: Settings | None = None) -> AsyncIterator[Models]:
-    models = Models()
-    try:
-        await models.load(folder, settings or Settings())
-        yield models
-    finally:
-        await models.close()
-
-
-async def test_all_servable_versions_are_served(repository: Path) -> None:
+async def test_all_servable_versions_are_served(loaded: Loaded, repository: Path) -> None:
     async with loaded(repository) as models:
         assert models.served == ["linear", "shares", "stored"]
         assert models.versions("linear") == [1, 2]
@@ -45,7 +33,7 @@ async def test_all_servable_versions_are_served(repository: Path) -> None:
 
 
 async def test_a_changed_file_is_never_opened(
-    tmp_path: Path, publish: Publish, images: Images, caplog: pytest.LogCaptureFixture
+    loaded: Loaded, tmp_path: Path, publish: Publish, images: Images, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(tmp_path, "linear")
     engine = publish(tmp_path, "linear").folder / "model.onnx"
@@ -60,7 +48,7 @@ async def test_a_changed_file_is_never_opened(
 
 
 async def test_a_model_without_a_version_that_loads_makes_the_server_not_ready(
-    tmp_path: Path, publish: Publish
+    loaded: Loaded, tmp_path: Path, publish: Publish
 ) -> None:
     publish(tmp_path, "sound")
     publish(tmp_path, "broken").folder.joinpath("model.onnx").unlink()
@@ -83,7 +71,7 @@ async def test_a_model_without_a_version_that_loads_makes_the_server_not_ready(
     ],
 )
 async def test_without_its_proof_a_version_is_not_served(
-    tmp_path: Path, publish: Publish, parity: str, reason: str
+    loaded: Loaded, tmp_path: Path, publish: Publish, parity: str, reason: str
 ) -> None:
     publish(tmp_path, "linear")
     publish(tmp_path, "linear", parity=parity)
@@ -96,14 +84,16 @@ async def test_without_its_proof_a_version_is_not_served(
 
 
 @pytest.mark.parametrize("manifest", ["{", "{}", "[]"])
-async def test_a_manifest_that_cannot_be_read_is_a_reason(tmp_path: Path, publish: Publish, manifest: str) -> None:
+async def test_a_manifest_that_cannot_be_read_is_a_reason(
+    loaded: Loaded, tmp_path: Path, publish: Publish, manifest: str
+) -> None:
     publish(tmp_path, "linear").folder.joinpath("manifest.json").write_text(manifest)
     async with loaded(tmp_path) as models:
         with pytest.raises(NotFound, match=r"manifest\.json"):
             models.find("linear", "1")
 
 
-async def test_a_copied_version_is_not_passed_off_as_another(tmp_path: Path, publish: Publish) -> None:
+async def test_a_copied_version_is_not_passed_off_as_another(loaded: Loaded, tmp_path: Path, publish: Publish) -> None:
     folder = publish(tmp_path, "linear").folder
     folder.rename(folder.with_name("7"))
     async with loaded(tmp_path) as models:
@@ -111,7 +101,7 @@ async def test_a_copied_version_is_not_passed_off_as_another(tmp_path: Path, pub
             models.find("linear", "7")
 
 
-async def test_one_input_and_one_output(tmp_path: Path, publish: Publish) -> None:
+async def test_one_input_and_one_output(loaded: Loaded, tmp_path: Path, publish: Publish) -> None:
     version = publish(tmp_path, "linear")
     twice = version.manifest.model_copy(update={"outputs": version.manifest.outputs * 2})
     (version.folder / FILE_NAME).write_bytes(twice.as_json())
@@ -120,7 +110,7 @@ async def test_one_input_and_one_output(tmp_path: Path, publish: Publish) -> Non
             models.find("linear")
 
 
-async def test_what_this_machine_lacks_is_a_reason(tmp_path: Path, publish: Publish) -> None:
+async def test_what_this_machine_lacks_is_a_reason(loaded: Loaded, tmp_path: Path, publish: Publish) -> None:
     version = publish(tmp_path, "linear")
     newer = version.manifest.model_copy(update={"requires": Requirements(runtime=">=99.5")})
     (version.folder / FILE_NAME).write_bytes(newer.as_json())
@@ -130,7 +120,7 @@ async def test_what_this_machine_lacks_is_a_reason(tmp_path: Path, publish: Publ
             models.find("linear")
 
 
-async def test_a_device_that_is_not_there_is_a_reason(tmp_path: Path, publish: Publish) -> None:
+async def test_a_device_that_is_not_there_is_a_reason(loaded: Loaded, tmp_path: Path, publish: Publish) -> None:
     publish(tmp_path, "linear")
     # No machine has a thousand.
     async with loaded(tmp_path, Settings.model_validate({"engine": {"device": "cuda:1000"}})) as models:
@@ -139,7 +129,7 @@ async def test_a_device_that_is_not_there_is_a_reason(tmp_path: Path, publish: P
             models.find("linear")
 
 
-async def test_a_model_that_takes_uint8_is_served_as_it_is(tmp_path: Path, publish: Publish) -> None:
+async def test_a_model_that_takes_uint8_is_served_as_it_is(loaded: Loaded, tmp_path: Path, publish: Publish) -> None:
     publish(tmp_path, "stored", stored=True)
     stored = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
     async with loaded(tmp_path) as models:
@@ -149,7 +139,9 @@ async def test_a_model_that_takes_uint8_is_served_as_it_is(tmp_path: Path, publi
     np.testing.assert_allclose(np.concatenate(alone), together, rtol=1e-5, atol=1e-5)
 
 
-async def test_engine_settings_reach_the_engines(tmp_path: Path, publish: Publish, gated: list[GatedEngine]) -> None:
+async def test_engine_settings_reach_the_engines(
+    loaded: Loaded, tmp_path: Path, publish: Publish, gated: list[GatedEngine]
+) -> None:
     publish(tmp_path, "linear")
     settings = Settings.model_validate({"engine": {"instances": 3}, "batching": {"max_batch_size": 4}})
     async with loaded(tmp_path, settings) as models:
@@ -157,13 +149,13 @@ async def test_engine_settings_reach_the_engines(tmp_path: Path, publish: Publis
         assert len(gated) == 3
 
 
-async def test_settings_do_not_raise_the_manifests_batch(tmp_path: Path, publish: Publish) -> None:
+async def test_settings_do_not_raise_the_manifests_batch(loaded: Loaded, tmp_path: Path, publish: Publish) -> None:
     publish(tmp_path, "linear", max_batch=2)
     async with loaded(tmp_path, Settings.model_validate({"batching": {"max_batch_size": 64}})) as models:
         assert models.find("linear").max_batch == 2
 
 
-async def test_an_empty_repository_serves_nothing(tmp_path: Path) -> None:
+async def test_an_empty_repository_serves_nothing(loaded: Loaded, tmp_path: Path) -> None:
     async with loaded(tmp_path) as models:
         assert models.ready
         with pytest.raises(NotFound, match="model 'linear': not served here; the models are: none"):
@@ -174,18 +166,21 @@ async def test_a_missing_repository_is_told() -> None:
     from pathlib import Path
 
     with pytest.raises(FileNotFoundError, match="expected a model repository here, found no folder"):
-        await Models().load(Path("nowhere"), Settings())
+        await Models(Path("nowhere"), Settings()).start()
 
 
 @pytest.mark.parametrize("version", ["foo", "1.0", "-1", " 1", "٣", "9" * 5000])
-async def test_a_version_is_a_number(repository: Path, version: str) -> None:
+async def test_a_version_is_a_number(loaded: Loaded, repository: Path, version: str) -> None:
     async with loaded(repository) as models:
-        with pytest.raises(InvalidArgument, match="expected a whole number, or nothing for the latest"):
+        with pytest.raises(
+            InvalidArgument,
+            match="expected a whole number, an alias of the model \\(it has none\\), or nothing for the default",
+        ):
             models.find("linear", version)
 
 
 @pytest.mark.parametrize("name", ["../linear", "a/b", "/etc", "..", ".hidden", "a\nb", "x" * 200])
-async def test_a_name_that_could_leave_the_repository(repository: Path, name: str) -> None:
+async def test_a_name_that_could_leave_the_repository(loaded: Loaded, repository: Path, name: str) -> None:
     async with loaded(repository) as models:
         with pytest.raises(InvalidArgument, match="expected letters, digits") as caught:
             models.find(name)

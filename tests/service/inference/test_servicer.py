@@ -1,4 +1,4 @@
-"""The protocol's six calls as clients of the field make them: status codes, raw and typed, ids, outputs."""
+"""Inference as clients of the field ask for it: status codes, raw and typed, ids, outputs, batches, streams."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_every_batch_size_up_to_the_largest(stub: GRPCInferenceServiceStub, imag
     assert list(stub.ModelInfer(request_of(images[:n])).outputs[0].shape) == [n, 5]
 
 
-@pytest.mark.parametrize("call", ["ModelMetadata", "ModelInfer"])
+@pytest.mark.parametrize("call", ["ModelMetadata", "ModelConfig", "ModelInfer"])
 @pytest.mark.parametrize(
     ("model", "version", "status", "message"),
     [
@@ -197,20 +197,19 @@ def test_models_that_are_not_served(
     status: grpc.StatusCode,
     message: str,
 ) -> None:
-    request: object = pb.ModelMetadataRequest(name=model, version=version)
-    if call == "ModelInfer":
-        request = request_of(images[:1], model=model, version=version)
-    code, details = refusal(getattr(stub, call), request)
+    requests: dict[str, object] = {
+        "ModelMetadata": pb.ModelMetadataRequest(name=model, version=version),
+        "ModelConfig": pb.ModelConfigRequest(name=model, version=version),
+        "ModelInfer": request_of(images[:1], model=model, version=version),
+    }
+    code, details = refusal(getattr(stub, call), requests[call])
     assert code is status
     assert details.startswith(message)
 
 
-@pytest.mark.parametrize(("name", "version"), [("", ""), ("nobody", ""), ("linear", "9"), ("unproven", "1")])
-def test_what_is_not_there_is_not_ready(stub: GRPCInferenceServiceStub, name: str, version: str) -> None:
-    assert not stub.ModelReady(pb.ModelReadyRequest(name=name, version=version)).ready
-
-
-@pytest.mark.parametrize(("name", "version"), [("../linear", ""), ("linear", "foo")])
+@pytest.mark.parametrize(
+    ("name", "version"), [("../linear", ""), ("linear", "foo"), ("linear", "-1"), ("linear", "9" * 5000)]
+)
 def test_readiness_of_what_cannot_be(stub: GRPCInferenceServiceStub, name: str, version: str) -> None:
     code, _ = refusal(stub.ModelReady, pb.ModelReadyRequest(name=name, version=version))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -246,10 +245,10 @@ def submissions(monkeypatch: pytest.MonkeyPatch) -> Submissions:
     counted = Submissions()
     submit = Batcher.submit
 
-    async def count(batcher: Batcher, images: Images) -> Logits:
+    async def count(batcher: Batcher, images: Images, **options: Any) -> Logits:
         counted.came.release()
         try:
-            return await submit(batcher, images)
+            return await submit(batcher, images, **options)
         finally:
             counted.left.release()
 
@@ -298,6 +297,125 @@ def test_a_call_cancelled_while_it_waits_never_runs(
         assert running.result(_SECONDS).outputs[0].shape[0] == 1
         assert after.result(_SECONDS).outputs[0].shape[0] == 2
     assert engine.batches == [1, 2]
+
+
+def test_a_request_whose_deadline_passes_while_it_waits_never_runs(
+    start: Start, repository: Path, images: Images, gated: list[GatedEngine], submissions: Submissions
+) -> None:
+    address = start(repository).address
+    engine = gated[1]
+    with grpc.insecure_channel(address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        running = stub.ModelInfer.future(request_of(images[:1]))
+        assert engine.entered.wait(_SECONDS)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(request_of(images[:3]), timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert submissions.left.acquire(timeout=_SECONDS)
+        after = stub.ModelInfer.future(request_of(images[:2]))
+        engine.gate.set()
+        assert running.result(_SECONDS).outputs[0].shape[0] == 1
+        assert after.result(_SECONDS).outputs[0].shape[0] == 2
+    assert engine.batches == [1, 2]
+
+
+def test_a_stream_that_is_cancelled_takes_its_waiting_requests_with_it(
+    start: Start, repository: Path, images: Images, gated: list[GatedEngine], submissions: Submissions
+) -> None:
+    address = start(repository).address
+    engine = gated[1]
+    with grpc.insecure_channel(address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        running = stub.ModelInfer.future(request_of(images[:1]))
+        assert engine.entered.wait(_SECONDS)
+        ended = threading.Event()
+
+        def requests() -> Iterator[pb.ModelInferRequest]:
+            yield from (request_of(images[:3]) for _ in range(3))
+            ended.wait(_SECONDS)
+
+        stream = stub.ModelStreamInfer(requests())
+        # All of them are at work, though none has been answered.
+        assert all(submissions.came.acquire(timeout=_SECONDS) for _ in range(4))
+        stream.cancel()
+        assert all(submissions.left.acquire(timeout=_SECONDS) for _ in range(3))
+        ended.set()
+        after = stub.ModelInfer.future(request_of(images[:2]))
+        engine.gate.set()
+        assert running.result(_SECONDS).outputs[0].shape[0] == 1
+        assert after.result(_SECONDS).outputs[0].shape[0] == 2
+    assert engine.batches == [1, 2]
+
+
+def test_a_stream_answers_in_order_whichever_model_is_quicker(
+    start: Start, repository: Path, images: Images, gated: list[GatedEngine]
+) -> None:
+    address = start(repository).address
+    slow, quick = gated[0], gated[1]
+    quick.gate.set()
+    with grpc.insecure_channel(address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        first, second = request_of(images[:1], version="1"), request_of(images[:1], version="2")
+        stream = stub.ModelStreamInfer(iter([first, second]))
+        assert slow.entered.wait(_SECONDS)
+        # The second has been run while the first still is.
+        assert quick.entered.wait(_SECONDS)
+        slow.gate.set()
+        assert [answer.infer_response.model_version for answer in stream] == ["1", "2"]
+
+
+def test_errors_in_a_stream_name_their_request_and_are_short(stub: GRPCInferenceServiceStub, images: Images) -> None:
+    bad = request_of(images[:1])
+    bad.id = "bad"
+    bad.inputs[0].name = "x" * 100_000
+    good = request_of(images[:1])
+    good.id = "good"
+    first, second = stub.ModelStreamInfer(iter([bad, good]), timeout=_SECONDS)
+    assert first.error_message.startswith("input 'xxx")
+    assert len(first.error_message) < 5000
+    assert (first.infer_response.id, first.infer_response.model_name) == ("bad", "linear")
+    assert not first.infer_response.outputs
+    assert (second.error_message, second.infer_response.id) == ("", "good")
+    assert [answer.infer_response.parameters["triton_final_response"].bool_param for answer in (first, second)] == [
+        True,
+        True,
+    ]
+
+
+def test_bytes_that_are_no_message_end_a_stream_after_what_came_before(serving: Serving, images: Images) -> None:
+    with grpc.insecure_channel(serving.address) as channel:
+        call: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        stream = call(iter([request_of(images[:1]).SerializeToString(), b"\xff\xff"]), timeout=_SECONDS)
+        answer = pb.ModelStreamInferResponse.FromString(next(stream))
+        assert answer.infer_response.model_name == "linear"
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_engine_that_fails_is_an_error_of_its_request_in_a_stream_and_no_more(
+    start: Start,
+    repository: Path,
+    images: Images,
+    gated: list[GatedEngine],
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address = start(repository).address
+
+    def fail(images: Images) -> None:
+        del images
+        raise ArithmeticError("a secret")
+
+    monkeypatch.setattr(gated[1], "_run", fail)
+    gated[0].gate.set()
+    with grpc.insecure_channel(address) as channel:
+        requests = [request_of(images[:1], version=version) for version in ("2", "1")]
+        failed, answered = GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(requests), timeout=_SECONDS)
+    assert failed.error_message == "internal error; the server's log has the details"
+    assert answered.infer_response.model_version == "1"
+    assert "a secret" in caplog.text
 
 
 def test_an_engine_that_fails_is_an_internal_error_and_no_more(

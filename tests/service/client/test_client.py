@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 import pytest
+from PIL import Image
 
 from service import errors
-from service.client import Client, ModelMetadata, TensorMetadata
+from service.client import NO_RETRIES, AsyncClient, Client, ModelMetadata, Retries, TensorMetadata
 from service.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted, ServiceError, Unavailable
 from service.settings import Settings
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     import tritonclient.grpc
 
     from export.engines.base import Images
+    from service.server import Serving
     from tests.service.conftest import GatedEngine, Start
 
 
@@ -234,7 +239,7 @@ def test_other_statuses_are_service_errors() -> None:
 def test_a_full_queue_is_told_at_once(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
     address = start(repository, Settings.model_validate({"batching": {"max_queue_size": 1}})).address
     engine = gated[1]
-    with Client(address) as client, ThreadPoolExecutor(3) as pool:
+    with Client(address, retries=NO_RETRIES) as client, ThreadPoolExecutor(3) as pool:
         running = pool.submit(client.infer, images[:1], model="linear")
         assert engine.entered.wait(10)
         # One of these waits in the queue's only place; the other is refused while the engine still works.
@@ -243,3 +248,127 @@ def test_a_full_queue_is_told_at_once(start: Start, repository: Path, images: Im
         engine.gate.set()
         assert isinstance(refused.pop().exception(), ResourceExhausted)
         assert running.result(10).shape == waiting.pop().result(10).shape == (1, 5)
+
+
+def test_a_full_queue_is_tried_again(start: Start, repository: Path, images: Images, gated: list[GatedEngine]) -> None:
+    address = start(repository, Settings.model_validate({"batching": {"max_queue_size": 1}})).address
+    engine = gated[1]
+    with Client(address, retries=Retries(attempts=100)) as client, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.infer, images[:1], model="linear") for _ in range(8)]
+        assert engine.entered.wait(10)
+        engine.gate.set()
+        assert all(each.result(20).shape == (1, 5) for each in asked)
+
+
+def test_the_server_says_what_it_is(client: Client) -> None:
+    metadata = client.server_metadata()
+    assert metadata.name == "tenet"
+    assert "statistics" in metadata.extensions
+
+
+def test_the_configuration_is_told(client: Client) -> None:
+    config = client.config("linear")
+    assert config.name == "linear"
+    assert config.max_batch_size == 8
+
+
+def test_the_index_names_every_version_and_why_it_does_not_answer(client: Client) -> None:
+    index = {(entry.name, entry.version): entry for entry in client.index()}
+    assert index["linear", "1"].state == index["linear", "2"].state == "READY"
+    assert index["unproven", "1"].state == "UNAVAILABLE"
+    assert "parity" in index["unproven", "1"].reason
+    assert ("unproven", "1") not in {(entry.name, entry.version) for entry in client.index(ready=True)}
+
+
+def test_statistics_count_what_was_answered(start: Start, repository: Path, images: Images) -> None:
+    with Client(start(repository).address) as client:
+        client.infer(images, model="linear", version=1)
+        (counted,) = client.statistics("linear", version=1)
+        assert {(each.name, each.version) for each in client.statistics()} >= {("linear", "1"), ("stored", "1")}
+    assert (counted.requests, counted.succeeded.count, counted.failed.count) == (4, 4, 0)
+    assert counted.images == len(images)
+    assert counted.executions == 4
+    assert counted.mean_batch == len(images) / 4
+    assert counted.compute.mean_ms is not None
+    assert counted.compute.mean_ms > 0
+
+
+def test_models_are_unloaded_and_loaded(start: Start, repository: Path, images: Images) -> None:
+    settings = Settings.model_validate({"models": {"mode": "explicit", "load": ["*"]}})
+    with Client(start(repository, settings).address) as client:
+        client.unload("stored")
+        assert not client.ready("stored")
+        with pytest.raises(NotFound):
+            client.infer(images, model="stored")
+        client.load("stored")
+        assert client.infer(images[:1], model="stored").shape == (1, 5)
+
+
+async def test_the_asynchronous_client_does_the_same(serving: Serving, client: Client, images: Images) -> None:
+    async with AsyncClient(serving.address) as asynchronous:
+        assert await asynchronous.ready("linear")
+        assert await asynchronous.metadata("linear") == client.metadata("linear")
+        assert await asynchronous.server_metadata() == client.server_metadata()
+        assert await asynchronous.config("linear") == client.config("linear")
+        assert await asynchronous.index() == client.index()
+        found = await asynchronous.infer(images, model="linear")
+        np.testing.assert_allclose(found, client.infer(images, model="linear"), rtol=1e-5, atol=1e-5)
+        with pytest.raises(NotFound, match="model 'nobody': not served here"):
+            await asynchronous.infer(images, model="nobody")
+
+
+def encoded(images: Images, kind: str = "PNG") -> list[bytes]:
+    """Return images as files."""
+    files = []
+    for image in np.rint(images * 255).astype(np.uint8).transpose(0, 2, 3, 1):
+        file = BytesIO()
+        Image.fromarray(image).save(file, kind, lossless=True)
+        files.append(file.getvalue())
+    return files
+
+
+@pytest.mark.parametrize("model", ["linear", "stored"])
+@pytest.mark.parametrize("kind", ["PNG", "WebP"])
+def test_encoded_images_are_answered_as_their_pixels_are(client: Client, images: Images, model: str, kind: str) -> None:
+    # More images than a request may have; of the model's own size, so that nothing is resized.
+    found = client.infer_encoded(iter(encoded(images, kind)), model=model)
+    np.testing.assert_allclose(found, client.infer(grey_levels(images), model=model), rtol=1e-4, atol=1e-4)
+
+
+async def test_encoded_images_get_the_names_of_their_classes(client: Client, serving: Serving, images: Images) -> None:
+    found = client.classify(encoded(images), model="linear", top=2)
+    answers = client.infer(grey_levels(images), model="linear")
+    names = client.metadata("linear").class_names
+    assert [first.name for first, _ in found] == [names[index] for index in answers.argmax(axis=1)]
+    assert all(1 >= first.probability >= second.probability >= 0 for first, second in found)
+    async with AsyncClient(serving.address) as asynchronous:
+        assert await asynchronous.classify(encoded(images), model="linear", top=2) == found
+
+
+def test_what_is_no_image_is_the_callers_fault(client: Client, images: Images) -> None:
+    with pytest.raises(InvalidArgument):
+        client.infer_encoded([*encoded(images[:1]), b"no image"], model="linear")
+
+
+_BESIDE = """
+{imports}
+import sys
+import numpy as np
+address = sys.argv[1]
+images = np.ones((2, 3, 4, 4), np.float32)
+tensor = InferInput("images", [2, 3, 4, 4], "FP32")
+tensor.set_data_from_numpy(images)
+theirs = InferenceServerClient(address).infer("linear", [tensor]).as_numpy("logits")
+with Client(address) as client:
+    assert client.infer(images, model="linear").tobytes() == theirs.tobytes()
+    assert client.config("linear").name == "linear"
+print("both")
+"""
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_both_clients_live_in_one_process(serving: Serving, *, ours_first: bool) -> None:
+    imports = ["from service.client import Client", "from tritonclient.grpc import InferenceServerClient, InferInput"]
+    program = _BESIDE.format(imports="\n".join(imports if ours_first else reversed(imports)))
+    done = subprocess.run([sys.executable, "-c", program, serving.address], capture_output=True, text=True, check=False)
+    assert done.stdout == "both\n", done.stderr
