@@ -107,12 +107,32 @@ def decoded(encoded: bytes | memoryview, *, max_pixels: int = LARGEST_PIXELS) ->
         width, height = image.size
         if width * height <= max_pixels:
             image.load()
-            return _plain(_upright(image))
+            return plain(upright(image))
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises, the file is at fault
         raise ValueError(f"expected a whole {kind} image, got one that cannot be decoded: {error}") from None
     raise ValueError(f"expected at most {max_pixels} pixels, got {width} x {height}; make it smaller")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF data say; it must be loaded, as some formats turn it themselves."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - data beside the image that nobody can read leave it as it is stored
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """Return an image as grey or RGB of 8 bits a channel; of 16 bits the upper 8 are kept."""
+    if image.mode in MODES.values():
+        return image
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # Pillow would warn that it is left out
+    return image.convert("L" if image.mode in {"1", "LA"} else "RGB")
 
 
 def _format(data: bytes) -> str:
@@ -154,25 +174,6 @@ def _scans(data: bytes, *, components: int, progressive: bool) -> int:
                 break  # it has all there is to read
         position += int.from_bytes(data[position : position + 2])
     return scans
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001 - data beside the image that nobody can read leave it as it is stored
-        return image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """Return an image as grey or RGB of 8 bits a channel."""
-    if image.mode in MODES.values():
-        return image
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image.info.pop("transparency", None)  # Pillow would warn that it is left out
-    return image.convert("L" if image.mode in {"1", "LA"} else "RGB")
 
 
 def _resized(image: Image.Image, shorter: int, resampling: Image.Resampling, *, max_pixels: int) -> Image.Image:

@@ -208,7 +208,8 @@ def concerns(settings: Settings) -> list[str]:
     if _only_this_machine(settings.server.host):
         return []
     host, auth = settings.server.host, settings.auth
-    if auth is None or not auth.required:
+    # Whether or not some of them show a token: who shows none is anonymous.
+    if auth is None or "admin" in auth.anonymous:
         return [f"whoever reaches {host} may do everything, admin's part too; say who may do what in [auth]"]
     if settings.tls is None and auth.tokens:
         return [f"tokens that are sent to {host} can be read on their way; set [tls]"]

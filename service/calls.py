@@ -57,7 +57,8 @@ class Call:
     Attributes:
         method: /package.Service/Method.
         model, version: what it asks; empty where it asks nothing of a model, or that is not known yet.
-        images: how many it brought.
+        images: how many it brought; a stream, which is one call, in all its requests. What else is known of it is known
+            of the request that came last, and its status is the stream's: errors within are answers.
         batch: images of the engine's call that answered it, its own among them; 0 before.
         waited_ns, ran_ns: nanoseconds in the queue, and in the engine's call.
         span: None where the call is not traced.
@@ -117,11 +118,10 @@ class Call:
         """Return what the caller sent beside the request; the last of several values of a key."""
         return dict(self._context.invocation_metadata() or ()) if self._context is not None else {}
 
-    def describe(self, *, model: str, version: str, request_id: str = "", images: int = 0) -> None:
+    def describe(self, *, model: str, version: str, request_id: str = "") -> None:
         """Say what the request asks; the empty request id is none."""
         self.model = model
         self.version = version
-        self.images = images
         if request_id:
             self._request_id = request_id[:_LONGEST_REQUEST_ID]
 

@@ -27,6 +27,7 @@ import grpc
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
+    Metadata = tuple[tuple[str, str | bytes], ...]
 
 # How a status says when to try again: gRPC's own key, which its retries heed, and the details that Google's
 # libraries read (google.rpc.RetryInfo).
@@ -133,7 +134,7 @@ async def abort(context: Context, error: Exception, method: str) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     status, message = told(error, method)
-    await context.abort(status, message, trailing_metadata=_when(error, message))
+    await context.abort(status, message, trailing_metadata=_sendable(context, _when(error, message)))
 
 
 def told(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
@@ -142,6 +143,13 @@ def told(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
         return error.status, _shortened(str(error))
     logger.error("%s failed", method, exc_info=error)
     return grpc.StatusCode.INTERNAL, _INTERNAL_MESSAGE
+
+
+def _sendable(context: Context, metadata: Metadata) -> Metadata:
+    """Leave out what the native core refuses, whose call would then never end; RetryInfo says the same."""
+    if type(context).__module__.startswith("pygrpc_native"):
+        return tuple((key, value) for key, value in metadata if not key.startswith("grpc-retry-"))
+    return metadata
 
 
 def _when(error: Exception, message: str) -> tuple[tuple[str, str | bytes], ...]:

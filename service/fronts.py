@@ -81,6 +81,8 @@ def _grpc(settings: settings_module.Server) -> grpc.aio.Server:
     options = _options(settings)
     # Two servers on one port would each get some of the requests: only the processes of one server may.
     options.append(("grpc.so_reuseport", int(settings.processes > 1)))
+    if settings.max_connections is not None:
+        options.append(("grpc.max_allowed_incoming_connections", settings.max_connections))
     if settings.max_connection_age_s is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age_s)))
         options.append(("grpc.max_connection_age_grace_ms", round(1000 * settings.shutdown_grace_s)))

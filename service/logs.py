@@ -32,6 +32,8 @@ def configure(chosen: settings.Logging) -> None:
     handler.setFormatter(Json() if chosen.form == "json" else Text())
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger().setLevel(chosen.level.upper())
+    # It tells of every migration of its own database.
+    logging.getLogger("dbos").setLevel(logging.WARNING)
     # At debug it tells of every event loop that it looks up.
     logging.getLogger("grpc").setLevel(logging.WARNING)
 

@@ -23,6 +23,12 @@ def keep_freed_tensors() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
 
 
+def give_back() -> None:
+    """Have the C library give freed memory back to the system; where it is not glibc, do nothing."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
 def _glibc() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None

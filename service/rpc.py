@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import DecodeError
 
 from service.auth import authorise, role_of
-from service.errors import InvalidArgument, ResourceExhausted, abort
+from service.errors import InvalidArgument, ResourceExhausted, Unavailable, abort
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +38,7 @@ StreamStream = Callable[[AsyncIterator[bytes], "Context"], AsyncIterator[bytes]]
 _QUIET_S = 0.05
 # Seconds that callers who do not heed the health service may go on.
 _LONGEST_QUIET_S = 1.0
+_ENDING = "the server is shutting down; try again, or elsewhere"
 # Seconds after which a caller that was one too many is asked to come again.
 _TRY_AGAIN_S = 0.1
 
@@ -76,11 +77,16 @@ class Handlers:
 class Boundary:
     """Lets calls in, and errors out as statuses."""
 
-    def __init__(self, authenticator: Authenticator, calls: Calls, *, max_calls: int) -> None:
+    def __init__(self, authenticator: Authenticator, calls: Calls, *, max_calls: int, max_bytes: int) -> None:
         self._authenticator = authenticator
         self._told = calls
         self._max_calls = max_calls
+        self._max_bytes = max_bytes
         self._calls = 0
+        self._bytes = 0  # of the requests that are in the server
+        # Reads of streams' next requests, which end when no more are to be read.
+        self._reads: set[asyncio.Task[bytes]] = set()
+        self._reading = True
         self._last = 0.0  # the event loop's time at which a call came, seconds
 
     def around(self, path: str, handler: grpc.RpcMethodHandler[Any, Any], parse: Any) -> Method:
@@ -96,10 +102,21 @@ class Boundary:
             assert not handler.request_streaming, f"{path}: no service here has such a method"
             behaviour: Any = self._unary(path, handler.unary_unary, parse, write)
         elif handler.request_streaming:
-            behaviour = self._streaming(path, handler.stream_stream, _parsed_one_by_one(path, parse), write)
+            behaviour = self._streaming(path, handler.stream_stream, self._parsed_one_by_one(path, parse), write)
         else:
             behaviour = self._streaming(path, handler.unary_stream, lambda data: _parsed(path, parse, data), write)
         return Method(path, behaviour, handler.request_streaming, handler.response_streaming)
+
+    def end_streams(self) -> None:
+        """Read no more requests of any stream: those that were read are answered, then the stream is UNAVAILABLE."""
+        self._reading = False
+        for read in self._reads:
+            read.cancel()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last call came."""
+        return asyncio.get_running_loop().time() - self._last
 
     async def quiet(self, *, before: float) -> None:
         """Return when no call has come for a moment; at the time `before`, or after a second, at the latest."""
@@ -118,6 +135,7 @@ class Boundary:
         async def call(data: bytes, context: Context) -> bytes:
             self._last = time()
             self._calls += counted
+            self._bytes += len(data)
             known = self._told.begin(path, context)
             try:
                 self._admit(path, context, counted=counted)
@@ -129,6 +147,7 @@ class Boundary:
                 return response
             finally:
                 self._calls -= counted
+                self._bytes -= len(data)
                 self._told.end(known)
 
         return call
@@ -163,9 +182,40 @@ class Boundary:
                 "or raise server.max_concurrent_calls",
                 retry_after_s=_TRY_AGAIN_S,
             )
+        if self._bytes > self._max_bytes:
+            raise ResourceExhausted(
+                f"the server's requests have {self._bytes} bytes, of {self._max_bytes} at most; try again later, "
+                "or raise server.max_in_flight_mib",
+                retry_after_s=_TRY_AGAIN_S,
+            )
         if self._authenticator.required and counted:
             caller = self._authenticator.caller(context.invocation_metadata(), context.auth_context)
             authorise(caller, path)
+
+    def _parsed_one_by_one(self, path: str, parse: Any) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
+        async def messages(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+            while (data := await self._next(requests)) is not None:
+                yield _parsed(path, parse, data)
+
+        return messages
+
+    async def _next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        """Return a stream's next request, None after its last one."""
+        if not self._reading:
+            raise Unavailable(_ENDING)
+        read = asyncio.ensure_future(anext(requests))
+        self._reads.add(read)
+        try:
+            return await read
+        except StopAsyncIteration:
+            return None
+        except asyncio.CancelledError:
+            if self._reading:
+                raise
+            raise Unavailable(_ENDING) from None
+        finally:
+            self._reads.discard(read)
+            self._last = asyncio.get_running_loop().time()
 
 
 def _parsed(path: str, parse: Any, data: bytes) -> Any:
@@ -176,11 +226,3 @@ def _parsed(path: str, parse: Any, data: bytes) -> Any:
             f"{path}: expected the request's message, got {len(data)} bytes that are none; "
             "is the client's .proto file the protocol's?"
         ) from None
-
-
-def _parsed_one_by_one(path: str, parse: Any) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
-    async def messages(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for data in requests:
-            yield _parsed(path, parse, data)
-
-    return messages

@@ -7,6 +7,7 @@ signal --> NOT_SERVING --> drain delay --> drain --> end
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import signal
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from protos.inference import (
     open_inference_pb2,
     open_inference_pb2_grpc,
 )
-from service import auth, fronts, metrics, reflection, tls, tracing
+from service import auth, fronts, memory, metrics, reflection, tls, tracing
 from service.auth import Authenticator, role_of
 from service.calls import Calls
 from service.inference.families import Families
@@ -41,6 +42,11 @@ _REPOSITORY = model_repository_pb2.DESCRIPTOR.services_by_name["ModelRepositoryS
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 # Those whose health is told by name.
 _SERVICES = (_INFERENCE.full_name, _REPOSITORY.full_name, _HEALTH.full_name)
+
+# Seconds without a call after which what was freed is given back: until then the next request gets it.
+_IDLE_S = 10.0
+# Seconds within which a signal that comes twice to one of several processes was sent once.
+_ECHO_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +134,17 @@ async def serve(
         if on_ready is not None:
             on_ready(serving)
         await stop.wait()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+
+        def heed_the_second() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
+
+        # Ctrl-C and systemd signal every process of a group, and the parent passes its own on: those are one signal.
+        if settings.server.processes > 1:
+            loop.call_later(_ECHO_S, heed_the_second)
+        else:
+            heed_the_second()
 
 
 @asynccontextmanager
@@ -158,11 +173,15 @@ async def running(
         ends.callback(servicer.close)
         health = HealthServicer(models, services=[*_SERVICES, *(each.descriptor.full_name for each in services)])
         calls = Calls(log=settings.logging.calls, tracer=tracer)
-        boundary = Boundary(authenticator, calls, max_calls=where.max_concurrent_calls)
+        boundary = Boundary(
+            authenticator, calls, max_calls=where.max_concurrent_calls, max_bytes=where.max_in_flight_mib << 20
+        )
         every = (*_own_services(models, servicer, health), *services)
         servers, ports = _listening(_methods(every, boundary), settings)
         for server in servers:
             await server.start()
+        tidying = asyncio.create_task(_tidy(boundary))
+        ends.callback(tidying.cancel)
         try:
             port, admin_port = ports[0], ports[1] if len(ports) > 1 else None
             yield Serving(where.host, port, tuple(models.served), admin_port=admin_port, metrics_port=page)
@@ -187,7 +206,7 @@ def _listening(methods: Sequence[Method], settings: Settings) -> tuple[list[grpc
     where = settings.server
     groups, ports = [methods], [where.port]
     if where.admin_port is not None:
-        groups = [[each for each in methods if not _operates(each.path)], [*filter(_for_operators, methods)]]
+        groups = [[each for each in methods if not _operates(each.path)], methods]
         ports.append(where.admin_port)
     servers = [fronts.front(group, where) for group in groups]
     # Credentials serve one port; a second one would be refused.
@@ -202,12 +221,13 @@ def _operates(path: str) -> bool:
     return role_of(path) in {"admin", "audit"} or path.endswith("/RepositoryIndex")
 
 
-def _for_operators(method: Method) -> bool:
-    # Health and reflection are told on every port.
-    return _operates(method.path) or role_of(method.path) is None
-
-
-async def _drain(servers: Sequence[grpc.aio.Server], models: Models, boundary: Boundary, *, grace_s: float) -> None:
+async def _drain(
+    servers: Sequence[grpc.aio.Server],
+    models: Models,
+    boundary: Boundary,
+    *,
+    grace_s: float,
+) -> None:
     """Answer what has been sent, refuse what still comes, and stop, within the grace period.
 
     `stop` alone drops the calls that have reached the machine and not yet a handler; their callers are told
@@ -217,6 +237,7 @@ async def _drain(servers: Sequence[grpc.aio.Server], models: Models, boundary: B
     loop = asyncio.get_running_loop()
     end = loop.time() + grace_s
     await boundary.quiet(before=end)
+    boundary.end_streams()
     await asyncio.wait({asyncio.create_task(models.drain())}, timeout=max(0, end - loop.time()))
     await boundary.quiet(before=end)
     await asyncio.gather(*(server.stop(max(0, end - loop.time())) for server in servers))
@@ -249,6 +270,25 @@ def _methods(services: Sequence[Service], boundary: Boundary) -> list[Method]:
         handlers = Handlers()
         service.add_to(handlers)
         for path, handler in handlers.by_path.items():
+            if not _is_served(handler):
+                continue
             parse = service.parsers.get(path.rpartition("/")[2], handler.request_deserializer)
             methods.append(boundary.around(path, handler, parse))
     return methods
+
+
+def _is_served(handler: grpc.RpcMethodHandler[Any, Any]) -> bool:
+    """Return whether a servicer has a method, and not only its generated base: a later protocol may have more."""
+    behaviours = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    return any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in behaviours)
+
+
+async def _tidy(boundary: Boundary) -> None:
+    """Give memory back to the system once the server has been idle for a while after it was busy."""
+    tidy = True
+    while True:
+        await asyncio.sleep(_IDLE_S)
+        idle = boundary.idle_s >= _IDLE_S
+        if idle and not tidy:
+            await asyncio.to_thread(memory.give_back)
+        tidy = idle

@@ -6,6 +6,7 @@ Every key has a default, so that no file is a server too.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,6 +50,10 @@ class Server(_Table):
     max_message_mib: int = Field(default=64, ge=1, le=2047)
     # Calls that may be in the server at once, streams among them; the next is refused at once.
     max_concurrent_calls: int = Field(default=4096, ge=1)
+    # MiB that the requests in the server may have together, those of streams apart; the next is refused at once.
+    max_in_flight_mib: int = Field(default=1024, ge=1)
+    # Connections that may be open at once; the next is closed at once. No limit by default.
+    max_connections: int | None = Field(default=None, ge=1)
     # Calls that one connection may have open at once; more wait in the client.
     max_calls_per_connection: int = Field(default=1024, ge=1)
     # Seconds after which a connection is asked to close and open anew, so that new servers get their share; no limit
@@ -75,8 +80,19 @@ class Token(_Table):
     # Who it is, in logs.
     name: str = Field(min_length=1)
     # sha256 of the token, in hexadecimal: `printf %s TOKEN | sha256sum`.
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str
     roles: tuple[Role, ...] = Field(strict=False)
+
+    @field_validator("sha256")
+    @classmethod
+    def _a_hash(cls, sha256: str) -> str:
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            # Without what was given, which may be the token itself.
+            raise ValueError(
+                "expected 64 hexadecimal digits, letters in lower case, got something else; "
+                "`printf %s TOKEN | sha256sum` prints them"
+            )
+        return sha256
 
 
 class ClientCertificate(_Table):
@@ -163,7 +179,7 @@ class Images(_Table):
 
     # MiB that one encoded image may have.
     max_mib: float = Field(default=20.0, gt=0, allow_inf_nan=False)
-    # Pixels that one image may have once it is decoded.
+    # Pixels that one image may have once it is decoded, which takes up to 16 bytes each in each thread (WebP).
     max_pixels: int = Field(default=40_000_000, ge=1)
     # Threads that decode.
     threads: int = Field(default=2, ge=1)
@@ -273,10 +289,11 @@ class Settings(_Table):
 
     @model_validator(mode="after")
     def _native(self) -> Settings:
-        if self.server.front == "native" and (self.tls or self.server.max_connection_age_s):
+        where = self.server
+        if where.front == "native" and (self.tls or where.max_connection_age_s or where.max_connections):
             raise ValueError(
-                'server.front: expected "grpc" with [tls] or max_connection_age_s, got "native", which has neither; '
-                "remove one of them"
+                'server.front: expected "grpc" with [tls], max_connections or max_connection_age_s, got "native", '
+                "which has none of them; remove one"
             )
         return self
 
@@ -310,7 +327,7 @@ def read(path: Path | None = None, *, environment: Mapping[str, str] = os.enviro
     """Read settings: the file, if there is one, and over it variables of the environment.
 
     `TENET_SERVER__PORT=9000` is `[server] port`: `TENET_`, then the key's path with two underscores between its parts,
-    in capitals or not. Values are TOML; what is no TOML is a string.
+    in capitals or not; the name of a model is as it is. Values are TOML; what is no TOML is a string.
 
     Args:
         path: of a TOML file; None is none.
@@ -327,16 +344,23 @@ def read(path: Path | None = None, *, environment: Mapping[str, str] = os.enviro
     for name in sorted(names):
         _overlay(document, name, environment[name])
     sources = [*([str(path)] if path else []), *(["environment"] if names else [])]
-    return checked(document, Settings, source=" + ".join(sources) or "settings")
+    return checked(document, Settings, source=" + ".join(sources) or "settings", secret="auth")
 
 
 def _overlay(document: dict[str, Any], name: str, value: str) -> None:
-    *tables, key = name.removeprefix(_PREFIX).lower().split(_SEPARATOR)
+    written = name.removeprefix(_PREFIX).split(_SEPARATOR)
+    lowered = [part.lower() for part in written]
+    if lowered[0] == "model":
+        lowered[1] = written[1]
+    *tables, key = lowered
     for table in tables:
         document = document.setdefault(table, {})
         if not isinstance(document, dict):
             raise ValueError(f"{name}: expected the path of a setting, such as TENET_SERVER__PORT; {table} is no table")
     try:
-        document[key] = tomllib.loads(f"value = {value}")["value"]
+        given = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        document[key] = value
+        given = {"value": value}
+    if given.keys() != {"value"}:
+        raise ValueError(f"{name}: expected one TOML value, got others in further lines; give each key a variable")
+    document[key] = given["value"]

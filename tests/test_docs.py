@@ -1,30 +1,44 @@
-"""The documentation: its programs run, its tables are those of the code, its links lead somewhere."""
+"""The documentation: its programs and settings work, its tables are those of the code, its links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import socket
 import tomllib
 from fractions import Fraction
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, get_origin
+from urllib.request import urlopen
 
 import pytest
 import torch
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from typer.main import get_command_from_info
 
 from export.mapping import Mapping
+from service import settings
 from service.__main__ import app
+from tests.processes import address, running
+from tests.service.certificates import Authority
 from training import recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from export.repository import Repository
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 EXPORT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 PAGES = sorted(
     page for place in ("*.md", "docs/**/*.md", "deploy/**/*.md", "benchmarks/*.md") for page in ROOT.glob(place)
 )
 
 _PROGRAMS = re.compile(r"```python\n(.*?)```(?:\n\n```text output\n(.*?)```)?", re.DOTALL)
+_TOML = re.compile(r"```toml\n(.*?)```", re.DOTALL)
 _SECTION = re.compile(r"^### `\[(.+)\]`$")
 _LINK = re.compile(r"\[[^]]*\]\(([^):\s#]*)(?:#([^)\s]+))?\)")
 
@@ -45,14 +59,32 @@ TABLES: dict[tuple[str, str], type[recipe.Section]] = {
     ("tenet", ""): recipe.Tenet,
 }
 SHARED = {"every", "by name"}  # first cells of rows that are of several kinds
+SETTINGS: dict[str, type[BaseModel]] = {
+    "server": settings.Server,
+    "models": settings.Models,
+    "batching": settings.Batching,
+    "engine": settings.Engine,
+    "images": settings.Images,
+    "cache": settings.Cache,
+    "shared_memory": settings.SharedMemory,
+    "tls": settings.Tls,
+    "auth": settings.Auth,
+    "[auth.tokens]": settings.Token,
+    "[auth.certificates]": settings.ClientCertificate,
+    "metrics": settings.Metrics,
+    "logging": settings.Logging,
+    "tracing": settings.Tracing,
+    "model.NAME": settings.PerModel,
+}
+
 CHOICES = (recipe.DataName, recipe.Optimizer, recipe.Schedule, recipe.Variant, recipe.Precision)
 
 
-def documented() -> dict[tuple[str, str], dict[str, str]]:
-    """The page's tables of keys: for each section and kind, the default that is given for each key."""
+def documented(page: str = PAGE) -> dict[tuple[str, str], dict[str, str]]:
+    """A page's tables of keys: for each section and kind, the default that is given for each key."""
     tables: dict[tuple[str, str], dict[str, str]] = {}
     section, kind = "", ""
-    for line in PAGE.splitlines():
+    for line in page.splitlines():
         if line.startswith("#"):
             section, kind = (match[1] if (match := _SECTION.match(line)) else ""), ""
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -126,6 +158,94 @@ def test_a_program_of_a_page_runs(
         exec(compile(program, "docs", "exec"), {"__name__": "__main__"})
     if output:
         assert capsys.readouterr().out.split() == output.split()
+
+
+@pytest.mark.parametrize("section", SETTINGS)
+def test_the_page_on_serving_has_every_setting_and_its_default(section: str) -> None:
+    fields = SETTINGS[section].model_fields
+    page = documented(SERVING)[section, ""]
+    assert sorted(page) == sorted(fields)
+    for key, default in page.items():
+        real = fields[key].default
+        real = "required" if real is PydanticUndefined else "none" if real is None else real
+        assert value(default) == real, f"[{section}] {key}"
+
+
+def test_the_page_on_serving_has_no_other_table_of_settings() -> None:
+    assert documented(SERVING).keys() == {(section, "") for section in SETTINGS}
+    assert {section.partition(".")[0].strip("[") for section in SETTINGS} == {*settings.Settings.model_fields}
+
+
+@pytest.mark.parametrize("section", SETTINGS)
+def test_the_page_on_serving_has_every_choice_of_a_setting(section: str) -> None:
+    text = SERVING.partition(f"### `[{section}]`\n")[2].partition("\n#")[0]
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for key, field in SETTINGS[section].model_fields.items():
+        choices = [each for part in (field.annotation, *get_args(field.annotation)) for each in _choices(part)]
+        for choice in choices:
+            assert f'"{choice}"' in rows[key], f"[{section}] {key}"
+
+
+def _choices(annotation: object) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*_TOML.findall(SERVING), *(path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("service*.toml"))],
+)
+def test_settings_of_the_page_on_serving_and_of_configs_can_be_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "service.toml").write_text(text)
+    assert settings.read(tmp_path / "service.toml", environment={}) != settings.Settings()
+
+
+class Served(NamedTuple):
+    """Where a server answers, and where its page of metrics is."""
+
+    address: str
+    metrics: str
+
+
+@pytest.fixture(scope="module")
+def served(digits_models: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The server that the page on serving talks to."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(digits_models.folder, folder / "models")
+    models = type(digits_models)(folder / "models")
+    models.promote(models.find("digits"))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        metrics = probe.getsockname()[1]
+    (folder / "service.toml").write_text(f"shared_memory.enabled = true\nmetrics.port = {metrics}\n")
+    arguments = ["--repository", str(models.folder), "--port", "0", "--settings", str(folder / "service.toml")]
+    with running(folder / "log", "serve", *arguments) as server:
+        yield Served(address(server), f"http://127.0.0.1:{metrics}/metrics")
+
+
+@pytest.fixture
+def _certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that a program of the page reads, in the folder where it runs."""
+    authority = Authority()
+    us = authority.client("us")
+    for name, content in {"ca.pem": authority.certificate, "us.pem": us.certificate, "us.key": us.key}.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_certificates")
+@pytest.mark.parametrize(("program", "output"), _PROGRAMS.findall(SERVING))
+def test_a_program_of_the_page_on_serving_runs(
+    program: str, output: str, served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(program.replace("127.0.0.1:8001", served.address), "docs", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.split() == output.split()
+
+
+def test_the_page_on_serving_has_every_metric(served: Served) -> None:
+    with urlopen(served.metrics) as page:
+        names = set(re.findall(r"^# TYPE ((?:nv|tenet)_\w+) ", page.read().decode(), re.MULTILINE))
+    table = SERVING.partition("| name | labels | what |")[2].partition("\n\n")[0]
+    told = {name for line in table.splitlines() for name in re.findall(r"`((?:nv|tenet)_\w+)`", line)}
+    assert told == names
 
 
 def test_the_page_on_export_has_every_flag_of_its_commands_or_says_where_they_are() -> None:

@@ -100,7 +100,7 @@ class Client:
         return self._run(self._operations.config(model, version=version))
 
     def statistics(self, model: str = "", *, version: Version = None) -> list[ModelStatistics]:
-        """Return what the versions of a model, or of all, have done since they were loaded."""
+        """Return what the versions of a model, or of all, have done, over reloads, since the server first served them."""
         return self._run(self._operations.statistics(model, version=version))
 
     def index(self, *, ready: bool = False) -> list[IndexEntry]:
@@ -321,7 +321,9 @@ class Client:
         try:
             for call in calls:
                 attempts = self._attempts(call)
-                begun.append((call, attempts, self._begin(call, attempts)))
+                future = self._begin(call, attempts)
+                future.add_done_callback(lambda _, attempts=attempts: attempts.ended())
+                begun.append((call, attempts, future))
                 if len(begun) == in_flight:
                     yield self._first(begun)
             while begun:
@@ -332,6 +334,7 @@ class Client:
 
     def _first(self, begun: deque[tuple[Call, Attempts, grpc.Future[Any]]]) -> Any:
         call, attempts, future = begun.popleft()
+        attempts.looked_at()
         return self._finish(call, attempts, partial(_result, future))
 
     def _finish(self, call: Call, attempts: Attempts, attempt: Callable[[], Any]) -> Any:

@@ -140,7 +140,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What one version has done since it was loaded.
+    """What one version has done, over reloads, since the server first served it.
 
     Attributes:
         images: images that were answered.

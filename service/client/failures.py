@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from service.errors import DETAILS, PUSHBACK, DeadlineExceeded, ServiceError, Unavailable, error_from_status
+from service.errors import (
+    DETAILS,
+    PUSHBACK,
+    DeadlineExceeded,
+    ServiceError,
+    Unavailable,
+    Unimplemented,
+    error_from_status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +28,9 @@ _NOT_REACHED = (*_NEVER_SENT, "Socket closed", "Connection reset", "recvmsg:")
 
 # And one for "too much at once" and "too large for ever".
 _TOO_LARGE = "message larger than max"
+
+# What gRPC itself says of a method that a server has not.
+_NO_METHOD = "Method not found!"
 
 # What gRPC itself says when the caller's time is over; a server has more to say.
 _TIME_IS_OVER = "Deadline Exceeded"
@@ -115,5 +126,10 @@ def as_error(failure: Failure, *, server: str, timeout_s: float) -> ServiceError
         return Unavailable(f"{server} dropped the call, as a server that shuts down may; try again")
     if status is grpc.StatusCode.DEADLINE_EXCEEDED and message == _TIME_IS_OVER:
         return DeadlineExceeded(f"{server} did not answer within {timeout_s:g} s")
+    if status is grpc.StatusCode.UNIMPLEMENTED and message == _NO_METHOD:
+        return Unimplemented(
+            f"{server} does not serve this method; has it a port for operators (server.admin_port), or is it another "
+            "kind of server?"
+        )
     after = failure.pushback_s
     return error_from_status(status, message, retry_after_s=None if after is None or after < 0 else after)

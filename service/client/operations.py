@@ -134,15 +134,18 @@ class Operations:
         """Have images classified."""
         encoding.check_images(images)
         known = self._known.get((model, _name(version)))
+        failed: Exception | None = None
         if known is not None and len(images) <= (batch or encoding.batch_size(known, images)):
             try:
                 inputs = encoding.as_inputs(images, known)
                 request = encoding.with_images(inputs, known, version=_name(version), options=options)
                 return encoding.logits_of((yield _inference(request, options)))
-            except (ValueError, InvalidArgument, NotFound):
+            except (ValueError, InvalidArgument, NotFound) as error:
                 # The model may be another since it was described: ask again, then say what is wrong with the images.
-                pass
+                failed = error
         described = yield from self.metadata(model, version=version)
+        if failed is not None and described == known:
+            raise failed
         inputs = encoding.as_inputs(images, described)
         pinned = pinned_version(described, version)
         size = batch or encoding.batch_size(described, inputs)
@@ -164,12 +167,9 @@ class Operations:
     ) -> Steps[Logits]:
         """Have encoded images classified."""
         described = yield from self.metadata(model, version=version)
-        pinned = pinned_version(described, version)
-        requests = (
-            encoding.with_encoded(part, described, version=pinned, options=options)
-            for part in encoding.parts_of(images, described, batch=batch)
+        return (
+            yield from _encoded(images, described, version=version, batch=batch, options=options, in_flight=in_flight)
         )
-        return (yield from _answers(requests, options=options, in_flight=in_flight))
 
     def classify(
         self,
@@ -182,10 +182,12 @@ class Operations:
         in_flight: int,
     ) -> Steps[list[list[Prediction]]]:
         """Have encoded images classified, and name the classes."""
-        answers = yield from self.infer_encoded(
-            images, model=model, version=version, batch=None, options=options, in_flight=in_flight
+        described = yield from self.metadata(model, version=version)
+        answers = yield from _encoded(
+            images, described, version=version, batch=None, options=options, in_flight=in_flight
         )
-        return self._known[model, _name(version)].predictions(answers, top=top)
+        # By the description that the images were sent with: the model may be known by another since.
+        return described.predictions(answers, top=top)
 
     def submit_audit(self, plan: str) -> Steps[audit_pb2.Audit]:
         """Submit an audit: a second one would be a second audit."""
@@ -242,6 +244,23 @@ def check_in_flight(in_flight: int) -> None:
 def pinned_version(described: ModelMetadata, version: Version) -> str:
     """Return the version that was described: what an alias, or no version, means may change between two calls."""
     return described.properties.get("version") or _name(version)
+
+
+def _encoded(
+    images: Iterable[bytes],
+    described: ModelMetadata,
+    *,
+    version: Version,
+    batch: int | None,
+    options: RequestOptions,
+    in_flight: int,
+) -> Steps[Logits]:
+    pinned = pinned_version(described, version)
+    requests = (
+        encoding.with_encoded(part, described, version=pinned, options=options)
+        for part in encoding.parts_of(images, described, batch=batch)
+    )
+    return (yield from _answers(requests, options=options, in_flight=in_flight))
 
 
 def _answers(requests: Iterable[bytes], *, options: RequestOptions, in_flight: int) -> Steps[Logits]:

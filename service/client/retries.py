@@ -91,11 +91,21 @@ class Attempts:
         self._generator = generator
         self._deadline = monotonic() + timeout_s
         self._made = 0
+        self._ended_s: float | None = None
 
     @property
     def left_s(self) -> float:
         """Seconds that the next attempt may take."""
         return self._deadline - monotonic()
+
+    def ended(self) -> None:
+        """Say that an attempt that nobody waits for has ended; in any thread."""
+        self._ended_s = monotonic()
+
+    def looked_at(self) -> None:
+        """Say that the caller wants its outcome now: the time since it ended was the caller's, not the call's."""
+        if self._ended_s is not None:
+            self._deadline += monotonic() - self._ended_s
 
     def wait_s(self, error: grpc.RpcError) -> float:
         """Return the seconds to wait before the next attempt.

@@ -81,7 +81,9 @@ class Connection:
         assert path is not None
         if not path.is_file():
             raise FileNotFoundError(f"--token-file: {path}: expected a file with a token here, found none")
-        return path.read_text(errors="replace").strip()
+        if not (token := path.read_text(errors="replace").strip()):
+            raise ValueError(f"--token-file: {path}: expected a token, the file is empty; write one into it")
+        return token
 
 
 _OPTIONS = {

@@ -47,7 +47,7 @@ def ask(client: Client, *, over_s: float) -> list[Status]:
         key = entry.name, entry.version
         first, last = before.get(key), after.get(key)
         rate = None
-        # Counts begin anew when a version is loaded again.
+        # Counts go on over a reload; they begin anew with the server.
         if over_s and first is not None and last is not None and last.images >= first.images:
             rate = (last.images - first.images) / elapsed_s
         found.append(Status(entry, _aliases(client, entry), last, rate))
@@ -106,8 +106,8 @@ def _aliases(client: Client, entry: IndexEntry) -> tuple[str, ...]:
         return ()
     try:
         return client.metadata(entry.name, version=entry.version or None).aliases
-    except NotFound:
-        # It has gone since.
+    except (NotFound, Unimplemented):
+        # It has gone since; or not every port that has an index describes models.
         return ()
 
 

@@ -7,6 +7,7 @@ files --as they are--> a server that decodes --------------------> classes
 from __future__ import annotations
 
 import json
+import math
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     import numpy as np
+    from PIL.ImageFile import ImageFile
 
     from export.engines.base import Images, Logits
     from service.client import Client, ModelMetadata, Prediction
@@ -138,16 +140,28 @@ def _encoded(path: Path) -> bytes:
 
 
 def _as_png(path: Path, content: bytes) -> bytes:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
+
+    from export import pictures
 
     converted = BytesIO()
     try:
         with Image.open(BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image)
-            upright.convert("L" if upright.mode in {"1", "L", "LA"} else "RGB").save(converted, "PNG", compress_level=1)
+            image.load()
+            _check_depth(image)
+            # As servers make of it what they decode, so that its pixels are those of the same image as PNG.
+            pictures.plain(pictures.upright(image)).save(converted, "PNG", compress_level=1)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: expected an image, got a file that cannot be decoded") from None
+    except Exception as error:  # noqa: BLE001 - whatever a decoder raises, the file is at fault
+        raise ValueError(f"{path}: expected a whole image, got one that cannot be decoded: {error}") from None
     return converted.getvalue()
+
+
+def _check_depth(image: ImageFile) -> None:
+    # Pillow has the 16 bits of PGM files in 32. What else has so many says nowhere what is white.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise ValueError("it has 32 bits a channel; save it with 8 or 16")
 
 
 def _record(path: str, classes: Sequence[Prediction], *, top: int) -> dict[str, Any]:
@@ -156,7 +170,9 @@ def _record(path: str, classes: Sequence[Prediction], *, top: int) -> dict[str, 
 
 
 def _named(prediction: Prediction) -> dict[str, Any]:
-    return {"class": prediction.name, "probability": prediction.probability}
+    # JSON has no NaN, which is what a model answers that has gone wrong.
+    probability = prediction.probability if math.isfinite(prediction.probability) else None
+    return {"class": prediction.name, "probability": probability}
 
 
 def _rows(path: str, classes: Sequence[Prediction]) -> list[list[str]]:

@@ -128,6 +128,10 @@ def up(
     from service.audit.state import State
 
     chosen = _settings(settings, host, port)
+    if chosen.server.processes > 1:
+        raise ValueError(
+            f"server.processes: expected 1 with `tenet up`, got {chosen.server.processes}; use `tenet serve`"
+        )
     with State(state).lock("up"), ExitStack() as companions:
 
         def start(address: str) -> None:
@@ -148,7 +152,8 @@ def up(
 def _serve(
     repository: str, state: Path | None, settings: Settings, *, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    from service import logs, memory, server
+    from service import fronts, logs, memory, server
+    from service.inference.threads import engines_run
 
     logs.configure(settings.logging)
     memory.keep_freed_tensors()
@@ -158,6 +163,11 @@ def _serve(
         console.print(
             f"serving {len(serving.models)} models on {serving.address}: {names}", markup=False, soft_wrap=True
         )
+        if serving.admin_port is not None:
+            console.print(f"operators' port: {serving.admin_address}", markup=False, soft_wrap=True)
+        if serving.metrics_port is not None:
+            page = fronts.address(settings.metrics.host, serving.metrics_port)
+            console.print(f"metrics on http://{page}/metrics", markup=False, soft_wrap=True)
         if on_ready is not None:
             on_ready(serving.address)
 
@@ -167,6 +177,10 @@ def _serve(
     ):
         runner.run(server.serve(repository, settings, on_ready=announce, services=services))
     console.print("stopped")
+    if engines_run():
+        # Python would end its thread inside of C++, which aborts the process.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def is_loopback(host: str) -> bool:

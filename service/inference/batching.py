@@ -87,6 +87,7 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = NEVER
         self._pace_ns = 0.0
+        self._delay_s = settings.max_queue_delay_ms / 1000
         self._closed = False
         self._instances = Instances(
             instances,
@@ -190,7 +191,8 @@ class Batcher:
         if not self._pace_ns:
             return _UNKNOWN_RETRY_S
         half_s = count * self._pace_ns / len(self._instances) / 2 / SECOND_NS
-        return min(max(half_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+        # Requests that wait for more to fill their batch leave no place before.
+        return min(max(half_s, self._delay_s / 2, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     def _forget(self, waiting: Waiting) -> None:
         """Give a cancelled caller's place in the queue to the next at once."""

@@ -67,6 +67,27 @@ def part_of(given: parameters.Parameters, regions: Regions | None, *, owner: str
     return regions.part(place.region, offset=place.offset, size=place.size)
 
 
+def check_length(data: Data | None, *, owner: str, max_bytes: int | None) -> None:
+    """Check that what lies in shared memory is no longer than what a request could carry, before it is read.
+
+    A region may be a sparse file, which costs its owner nothing and the server all its memory. For the tensors whose
+    length their model leaves open; that of the others is the shape's.
+
+    Args:
+        data: where they are.
+        owner: whose they are, for the message.
+        max_bytes: bytes that a request may have; None where nothing bounds them.
+
+    Raises:
+        InvalidArgument: they are longer.
+    """
+    if max_bytes is not None and isinstance(data, Part) and data.size > max_bytes:
+        raise InvalidArgument(
+            f"{owner}: expected at most {max_bytes} bytes in shared memory, which is what a request may have, got "
+            f"{data.size}; send fewer or smaller images at once"
+        )
+
+
 def array(tensor: InputTensor, data: Data | None, shape: tuple[int, ...]) -> Array:
     """Return an input's data, of a datatype in `DATATYPES`, as an array of its shape; raw ones are read-only views.
 

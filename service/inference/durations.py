@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic_ns
+
 # The share of a new measurement: a few batches forget an outlier, and none of them decides alone.
 _WEIGHT = 0.25
 
@@ -11,6 +13,7 @@ class Durations:
 
     def __init__(self, max_batch: int) -> None:
         self._ns = [0] * (max_batch + 1)
+        self._at_ns = [0] * (max_batch + 1)
 
     def measured(self, size: int, duration_ns: int) -> None:
         """Take in one measurement; one that is below what was expected counts in full.
@@ -19,10 +22,15 @@ class Durations:
         process, what was fast once can be.
         """
         before = self._ns[size]
+        self._at_ns[size] = monotonic_ns()
         if not before or duration_ns < before:
             self._ns[size] = duration_ns
         else:
             self._ns[size] = before + round(_WEIGHT * (duration_ns - before))
+
+    def certain(self, size: int, *, since_ns: int) -> int:
+        """Return what a batch takes at least: 0 unless one of that size has run since, by the monotonic clock."""
+        return self._ns[size] if self._at_ns[size] >= since_ns else 0
 
     def of(self, size: int) -> int:
         """Return what a batch takes: of that size, or of the largest smaller one that has run; 0 without any."""

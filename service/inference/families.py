@@ -122,26 +122,13 @@ class Families(Collector):
         self._loop = asyncio.get_running_loop()
 
     def describe(self) -> list[Metric]:
-        """Return none: names are not looked for before there is a page to read."""
-        return []
+        """Return every family without samples: the page finds those that `?name[]=` asks for by it."""
+        return [*_counted([]), *_about(Counter())]
 
     def collect(self) -> Iterator[Metric]:
         """Read everything once; in any thread but the event loop's."""
-        kept = self._ledger.read()
-        yield from _counts(kept)
-        yield from _times(kept)
-        yield _failures(kept)
-        yield _waiting(kept)
-        yield from _histograms(kept)
-        yield from _reasons(kept)
-        yield self._states()
-        yield InfoMetricFamily("tenet_build", "The product", {"version": VERSION})
-
-    def _states(self) -> Metric:
-        family = GaugeMetricFamily("tenet_models", "Versions in the repository, by state", labels=("state",))
-        for state, number in sorted(self._ask().items()):
-            family.add_metric((state,), number)
-        return family
+        yield from _counted(self._ledger.read())
+        yield from _about(self._ask())
 
     def _ask(self) -> Counter[str]:
         answer: Future[Counter[str]] = Future()
@@ -161,6 +148,23 @@ class Families(Collector):
             answer.set_result(Counter(entry.state for entry in self._index()))
         except Exception as error:  # noqa: BLE001 - it belongs to who asks
             answer.set_exception(error)
+
+
+def _counted(kept: Kept) -> Iterator[Metric]:
+    yield from _counts(kept)
+    yield from _times(kept)
+    yield _failures(kept)
+    yield _waiting(kept)
+    yield from _histograms(kept)
+    yield from _reasons(kept)
+
+
+def _about(states: Counter[str]) -> Iterator[Metric]:
+    family = GaugeMetricFamily("tenet_models", "Versions in the repository, by state", labels=("state",))
+    for state, number in sorted(states.items()):
+        family.add_metric((state,), number)
+    yield family
+    yield InfoMetricFamily("tenet_build", "The product", {"version": VERSION})
 
 
 def _counts(kept: Kept) -> Iterator[Metric]:

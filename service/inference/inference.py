@@ -24,11 +24,19 @@ if TYPE_CHECKING:
 
 
 class Inference:
-    """Answers requests with the models, and counts them."""
+    """Answers requests with the models, and counts them.
 
-    __slots__ = ("_models", "_pictures", "_regions")
+    Args:
+        models: that answer.
+        pictures: decodes images.
+        regions: shared memory.
+        max_bytes: bytes that a request may have, and so what lies in shared memory in place of a part of it.
+    """
 
-    def __init__(self, models: Models, *, pictures: Pictures, regions: Regions) -> None:
+    __slots__ = ("_max_bytes", "_models", "_pictures", "_regions")
+
+    def __init__(self, models: Models, *, pictures: Pictures, regions: Regions, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._models = models
         self._pictures = pictures
         self._regions = regions
@@ -73,7 +81,8 @@ class Inference:
         wanted = tensors.requested_outputs(message, (version.output,), regions=self._regions)
         inputs = await self._inputs(request, version)
         if call is not None:
-            call.images = len(inputs)
+            # A stream is one call.
+            call.images += len(inputs)
         answers = await version.infer(inputs, priority=options.priority, timeout_s=options.timeout_s, deadline=deadline)
         response = pb.ModelInferResponse(model_name=name, model_version=number, id=message.id)
         tensors.encode_outputs(
@@ -86,8 +95,9 @@ class Inference:
         return response
 
     async def _inputs(self, request: InferRequest, version: ServedVersion) -> Inputs:
-        spec, max_batch, regions = version.input, version.max_batch, self._regions
-        encoded = tensors.encoded_images(request, spec, max_batch=max_batch, regions=regions)
+        spec, max_batch, regions, max_bytes = version.input, version.max_batch, self._regions, self._max_bytes
+        encoded = tensors.encoded_images(request, spec, max_batch=max_batch, regions=regions, max_bytes=max_bytes)
         if encoded is not None:
             return await self._pictures.decode(encoded, version.manifest)
-        return tensors.decode_inputs(request, (spec,), max_batch=max_batch, regions=regions)[spec.name]
+        inputs = tensors.decode_inputs(request, (spec,), max_batch=max_batch, regions=regions, max_bytes=max_bytes)
+        return inputs[spec.name]

@@ -209,7 +209,7 @@ class Instances:
         before, place = divmod(ahead + waiting.size - 1, self._max_batch)
         rounds = before // len(self._instances)
         wait_ns = max(0, busy_ns - now_ns) + (rounds and rounds * self._durations.of(self._max_batch))
-        return wait_ns, self._durations.of(max(place + 1, waiting.size))
+        return wait_ns, self._durations.certain(max(place + 1, waiting.size), since_ns=now_ns - _DOUBT_NS)
 
     async def close(self) -> None:
         """Return when everything in the queue has been run, and the threads have ended."""

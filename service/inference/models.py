@@ -193,9 +193,12 @@ class Models:
 
     async def close(self) -> None:
         """Drain, then free all engines; those that are being loaded, too, if that ends within the grace period."""
-        await self.drain()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._settings.server.shutdown_grace_s)
+        grace_s = self._settings.server.shutdown_grace_s
+        # A call of an engine that never ends must not keep the process: its thread is a daemon.
+        await asyncio.wait({asyncio.create_task(self.drain()), *self._tasks}, timeout=grace_s)
+        await asyncio.wait({asyncio.create_task(self._free())}, timeout=grace_s)
+
+    async def _free(self) -> None:
         await asyncio.gather(*(version.close() for version in self._served))
 
     def _wanted(self, seen: Mapping[str, Seen]) -> list[str]:
@@ -294,8 +297,6 @@ class Models:
 
     def _missing(self, model: str, version: str, lifecycle: Lifecycle | None) -> ServedVersion:
         """Return a version that was written unusually, or say why there is none."""
-        if model:  # an empty one is merely unknown
-            _check_name(model)
         if lifecycle is None or not lifecycle.known:
             known = ", ".join(self.served) or "none"
             raise NotFound(f"model {model!r}: not served here; the models are: {known}")

@@ -8,13 +8,13 @@ Who finds a version holds it until the answer: that is the lease, and nobody has
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
-import sys
 import weakref
 from contextlib import suppress
 from typing import Protocol
+
+from service import memory
 
 # Seconds. A call that failed leaves references in a circle (its error, the frames that it came through), which only
 # the garbage collector breaks: it is asked after the first pause, and less and less often.
@@ -59,7 +59,7 @@ class Retirement:
             await self._backend.close()
         except Exception:  # a runtime that cannot even be closed must not keep others from it
             logger.exception("%s could not be closed", self._name)
-        await asyncio.to_thread(trim)
+        await asyncio.to_thread(memory.give_back)
 
     async def _let_go(self) -> None:
         loop = asyncio.get_running_loop()
@@ -70,12 +70,6 @@ class Retirement:
             if not self._released.is_set():
                 gc.collect()
                 pause *= 2
-
-
-def trim() -> None:
-    """Have the C library give freed memory back to the system; do nothing where it is not glibc."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, released: asyncio.Event) -> None:

@@ -71,7 +71,8 @@ class InferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self._models = models
         self._pictures = Pictures(settings.images)
         self._regions = Regions(settings.shared_memory.enabled)
-        self._inference = Inference(models, pictures=self._pictures, regions=self._regions)
+        max_bytes = settings.server.max_message_mib << 20
+        self._inference = Inference(models, pictures=self._pictures, regions=self._regions, max_bytes=max_bytes)
         self._log = LogSettings(settings.logging)
         self._tracing = tracing or TraceSettings(settings.tracing)
         self._extensions = (*_EXTENSIONS, *(("system_shared_memory",) if settings.shared_memory.enabled else ()))

@@ -49,7 +49,12 @@ class Wanted:
 
 
 def decode_inputs(
-    request: InferRequest, specs: Sequence[TensorSpec], *, max_batch: int, regions: Regions | None = None
+    request: InferRequest,
+    specs: Sequence[TensorSpec],
+    *,
+    max_batch: int,
+    regions: Regions | None = None,
+    max_bytes: int | None = None,
 ) -> dict[str, Array]:
     """Return a request's inputs by name; raw ones are read-only views of the request or of shared memory.
 
@@ -58,10 +63,11 @@ def decode_inputs(
         specs: the model's inputs.
         max_batch: the largest batch that the model takes.
         regions: shared memory; None where it is not served.
+        max_bytes: bytes that an input whose length the model leaves open may have in shared memory.
 
     Raises:
         InvalidArgument: an input is missing, unknown, given twice, or not of the model's datatype and shape; its
-            data is in two forms, in the wrong field, or not as long as its shape says.
+            data is in two forms, in the wrong field, or not as long as its shape says; or it is too long.
         NotFound: an input lies in a region of shared memory that is not registered.
         Unimplemented: an input lies in shared memory, and that is not served; or no engine here takes its datatype.
     """
@@ -69,13 +75,18 @@ def decode_inputs(
     ordered = _named([tensor.name for tensor in tensors], specs)
     found = contents.data_of(request, tensors, regions)
     return {
-        spec.name: _array(tensor, data, spec, max_batch=max_batch)
+        spec.name: _array(tensor, data, spec, max_batch=max_batch, max_bytes=max_bytes)
         for spec, tensor, data in zip(ordered, tensors, found, strict=True)
     }
 
 
 def encoded_images(
-    request: InferRequest, spec: TensorSpec, *, max_batch: int = LARGEST_BATCH, regions: Regions | None = None
+    request: InferRequest,
+    spec: TensorSpec,
+    *,
+    max_batch: int = LARGEST_BATCH,
+    regions: Regions | None = None,
+    max_bytes: int | None = None,
 ) -> list[memoryview | bytes] | None:
     """Return the images of a request that sends them encoded, as BYTES; None if it does not.
 
@@ -84,9 +95,10 @@ def encoded_images(
         spec: the model's only input.
         max_batch: the largest batch that the model takes.
         regions: shared memory; None where it is not served.
+        max_bytes: bytes that they may have there, all together.
 
     Raises:
-        InvalidArgument: they are not of shape (N) or (N, 1), or not as many or as long as the request says.
+        InvalidArgument: they are not of shape (N) or (N, 1), not as many or as long as the request says, or too long.
         NotFound: they lie in a region of shared memory that is not registered.
         Unimplemented: they lie in shared memory, and that is not served.
     """
@@ -102,6 +114,7 @@ def encoded_images(
             f"got {shape}"
         )
     (data,) = contents.data_of(request, [tensor], regions)
+    contents.check_length(data, owner=f"input {spec.name!r}", max_bytes=max_bytes)
     return contents.elements(tensor, data, shape)
 
 
@@ -218,7 +231,7 @@ def _wanted(
     return Wanted(spec, classes, part)
 
 
-def _array(tensor: InputTensor, data: Data | None, spec: TensorSpec, *, max_batch: int) -> Array:
+def _array(tensor: InputTensor, data: Data | None, spec: TensorSpec, *, max_batch: int, max_bytes: int | None) -> Array:
     datatype = tensor.datatype
     if datatype != spec.datatype:
         hint = _HINTS.get(spec.datatype, "")
@@ -227,6 +240,8 @@ def _array(tensor: InputTensor, data: Data | None, spec: TensorSpec, *, max_batc
         raise Unimplemented(f"input {spec.name!r}: datatype {datatype} is not served; no engine here takes it")
     shape = tuple(tensor.shape)
     _check_shape(shape, spec, max_batch=max_batch)
+    if datatype == "BYTES" or -1 in spec.shape[1:]:
+        contents.check_length(data, owner=f"input {spec.name!r}", max_bytes=max_bytes)
     return contents.array(tensor, data, shape)
 
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+def engines_run() -> bool:
+    """Return whether a daemon thread still works: to end the interpreter then would abort the process inside of C++."""
+    return any("@" in thread.name for thread in threading.enumerate() if thread.daemon)
+
+
 async def in_thread(work: Callable[[], Result], *, name: str) -> Result:
     """Return what some work returns, or raise what it raises; whoever is cancelled leaves it to run."""
     loop = asyncio.get_running_loop()

@@ -84,7 +84,8 @@ def test_what_is_said_during_a_call_has_its_ids(form: Any, capsys: pytest.Captur
     logs.configure(Logging(form=form))
     every = Calls()
     call = every.begin(METHOD, Context())
-    call.describe(model="digits", version="2", images=1)
+    call.describe(model="digits", version="2")
+    call.images = 1
     logger.error("during")
     every.end(call)
     logger.error("after")
@@ -98,7 +99,8 @@ def test_a_call_is_a_line_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(Logging(form="json"))
     every = Calls(log=True)
     call = every.begin(METHOD, Context())
-    call.describe(model="digits", version="2", images=3)
+    call.describe(model="digits", version="2")
+    call.images = 3
     call.ran(waited_ns=1_500_000, ran_ns=2_000_000, batch=8)
     every.end(call)
     (line,) = objects(capsys)

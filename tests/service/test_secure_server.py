@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
@@ -100,14 +102,34 @@ def test_operators_have_a_port_of_their_own(start: Start, repository: Path, tmp_
         index = pb.RepositoryIndexRequest()
         assert _status(GRPCInferenceServiceStub(callers).ModelMetadata, _METADATA) is grpc.StatusCode.OK
         assert _status(GRPCInferenceServiceStub(callers).RepositoryIndex, index) is grpc.StatusCode.UNIMPLEMENTED
-        assert _status(GRPCInferenceServiceStub(operators).ModelMetadata, _METADATA) is grpc.StatusCode.UNIMPLEMENTED
+        # Operators' tools ask for both.
+        assert _status(GRPCInferenceServiceStub(operators).ModelMetadata, _METADATA) is grpc.StatusCode.OK
         assert _status(GRPCInferenceServiceStub(operators).RepositoryIndex, index) is grpc.StatusCode.OK
         for channel in (callers, operators):
             assert _status(HealthStub(channel).Check, health_pb2.HealthCheckRequest()) is grpc.StatusCode.OK
 
 
-def test_one_call_too_many_is_told_when_to_come_again(start: Start, repository: Path) -> None:
-    serving = _started(start, repository, {"server": {"max_concurrent_calls": 1}})
+def test_requests_of_too_many_bytes_are_told_when_to_come_again(start: Start, repository: Path) -> None:
+    serving = _started(start, repository, {"server": {"max_in_flight_mib": 1}})
+    with grpc.insecure_channel(serving.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        large = pb.ModelInferRequest(model_name="linear", raw_input_contents=[bytes(2 << 20)])
+        assert _status(stub.ModelInfer, large) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert _status(stub.ModelMetadata, _METADATA) is grpc.StatusCode.OK
+
+
+def test_connections_beyond_the_limit_are_closed(start: Start, repository: Path) -> None:
+    serving = _started(start, repository, {"server": {"max_connections": 1}})
+    # Channels of equal options share a connection; these do not.
+    first, second = (grpc.insecure_channel(serving.address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(2))
+    with first, second:
+        assert _status(GRPCInferenceServiceStub(first).ModelMetadata, _METADATA) is grpc.StatusCode.OK
+        assert _status(GRPCInferenceServiceStub(second).ModelMetadata, _METADATA) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("front", ["grpc", "native"])
+def test_one_call_too_many_is_told_when_to_come_again(start: Start, repository: Path, front: str) -> None:
+    serving = _started(start, repository, {"server": {"max_concurrent_calls": 1, "front": front}})
     with grpc.insecure_channel(serving.address) as channel:
         stub = GRPCInferenceServiceStub(channel)
         requests: queue.SimpleQueue[pb.ModelInferRequest | None] = queue.SimpleQueue()
@@ -118,7 +140,12 @@ def test_one_call_too_many_is_told_when_to_come_again(start: Start, repository: 
             stub.ModelMetadata(_METADATA, timeout=10)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         metadata: Any = caught.value.trailing_metadata()
-        assert dict(metadata)["grpc-retry-pushback-ms"] == "100"
+        (packed,) = Status.FromString(dict(metadata)["grpc-status-details-bin"]).details
+        info = RetryInfo()
+        assert packed.Unpack(info)
+        assert info.retry_delay.ToMilliseconds() == 100
+        # The native core has no place for gRPC's own key.
+        assert dict(metadata).get("grpc-retry-pushback-ms") == {"grpc": "100", "native": None}[front]
         # Whether the server lives is told all the same.
         assert _status(stub.ServerLive, pb.ServerLiveRequest()) is grpc.StatusCode.OK
         requests.put(None)

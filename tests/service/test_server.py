@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -23,8 +24,11 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from protos.audit.v1 import audit_pb2, audit_pb2_grpc
+from protos.inference import open_inference_pb2 as pb
+from protos.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.client import Client
 from service.errors import NotFound, ResourceExhausted, Unavailable
 from service.server import Service, Serving, running, serve
@@ -326,6 +330,26 @@ def test_the_end_drops_no_call(
         "linear@2: the server is shutting down; try again, or elsewhere",
         f"cannot reach {serving.address}; is `tenet serve` running there?",
     }
+
+
+def test_streams_do_not_delay_the_end(loop: asyncio.AbstractEventLoop, repository: Path, images: Images) -> None:
+    context = running(repository, Settings().listening(port=0))
+    serving = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(_SECONDS)
+    with grpc.insecure_channel(serving.address) as own:
+        requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        request = pb.ModelInferRequest(model_name="linear", id="one", raw_input_contents=[images[:1].tobytes()])
+        request.inputs.add(name="images", datatype="FP32", shape=images[:1].shape)
+        requests.put(request)
+        answers = GRPCInferenceServiceStub(own).ModelStreamInfer(iter(requests.get, None))
+        assert next(answers).infer_response.id == "one"
+        described = ServerReflectionStub(own).ServerReflectionInfo(iter(queue.SimpleQueue[Any]().get, None))
+        began = time.monotonic()
+        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(_SECONDS)
+        assert time.monotonic() - began < Settings().server.shutdown_grace_s / 2
+        for stream in (answers, described):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_the_end_does_not_wait_longer_than_its_grace(

@@ -99,7 +99,8 @@ async def traced(collector: Collector, switch: Switch | None = None) -> AsyncIte
 
 def called(every: Calls, *metadata: tuple[str, str | bytes], error: Exception | None = None) -> Call:
     call = every.begin(METHOD, Context(*metadata))
-    call.describe(model="digits", version="2", request_id="the-id", images=3)
+    call.describe(model="digits", version="2", request_id="the-id")
+    call.images = 3
     call.ran(waited_ns=1_000_000, ran_ns=2_000_000, batch=8)
     if error is not None:
         call.fail(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import urllib.request
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,6 +120,27 @@ def test_a_second_signal_ends_at_once(models: Path, tmp_path: Path, first: signa
         while client.ready():
             pass
         assert server.signal(signal.SIGTERM) != 0
+
+
+def test_a_signal_to_the_whole_group_is_one_signal(models: Path, tmp_path: Path) -> None:
+    chosen = _settings(tmp_path, "[server]\nprocesses = 2\nport = 0\ndrain_delay_s = 0.5")
+    with running(tmp_path / "log", "serve", "--repository", str(models), *chosen) as server:
+        server.wait_for(r"(serving 1 models on [^\n]+\n[^\0]*){2}")
+        for child in _children(server.pid):
+            os.kill(child, signal.SIGTERM)
+        assert server.signal(signal.SIGTERM) == 0
+    assert server.text().count("stopped") == 2
+
+
+def test_ports_that_were_free_are_told(models: Path, tmp_path: Path) -> None:
+    chosen = _settings(tmp_path, "[server]\nport = 0\nadmin_port = 0\n[metrics]\nport = 0")
+    with running(tmp_path / "log", "serve", "--repository", str(models), *chosen) as server:
+        operators = server.wait_for(r"^operators' port: (\S+)$")[1]
+        page = server.wait_for(r"^metrics on (\S+)$")[1]
+        done = tenet("models", "status", "--server", operators)
+        assert (done.returncode, "linear" in done.stdout) == (0, True)
+        with urllib.request.urlopen(page) as answer:
+            assert b"nv_inference_count" in answer.read()
 
 
 def _children(parent: int) -> list[int]:

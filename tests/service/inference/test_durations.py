@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic_ns
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,3 +39,14 @@ def test_one_slow_call_counts_little_and_lasting_slowness_counts() -> None:
     assert durations.of(1) > 900
     durations.measured(1, 100)
     assert durations.of(1) == 100
+
+
+def test_what_has_not_run_lately_is_not_certain() -> None:
+    durations = Durations(4)
+    durations.measured(2, 1_000)
+    now = monotonic_ns()
+    assert durations.certain(2, since_ns=now - 10_000_000_000) == 1_000
+    # One slow call must not refuse a size for ever, whatever other sizes do meanwhile.
+    durations.measured(1, 1_000)
+    assert durations.certain(2, since_ns=now) == 0
+    assert durations.certain(3, since_ns=0) == 0

@@ -182,6 +182,6 @@ async def test_a_version_is_a_number(loaded: Loaded, repository: Path, version: 
 @pytest.mark.parametrize("name", ["../linear", "a/b", "/etc", "..", ".hidden", "a\nb", "x" * 200])
 async def test_a_name_that_could_leave_the_repository(loaded: Loaded, repository: Path, name: str) -> None:
     async with loaded(repository) as models:
-        with pytest.raises(InvalidArgument, match="expected letters, digits") as caught:
+        with pytest.raises(NotFound, match="not served here; the models are: linear") as caught:
             models.find(name)
         assert len(str(caught.value).splitlines()) == 1
