@@ -37,19 +37,20 @@ def parsed(text: str, *, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: expected TOML: {error}") from None
 
 
-def checked(document: dict[str, Any], kind: type[Value], *, source: str, secret: str | None = None) -> Value:
+def checked(document: dict[str, Any], kind: type[Value], *, source: str, unquoted: str | None = None) -> Value:
     """Return a document as a pydantic model; raises ValueError, as `decode` does.
 
     Args:
         document: as it was parsed.
         kind: the frozen model that describes it.
         source: what it is, for messages.
-        secret: the table whose values may be secrets, and are not quoted.
+        unquoted: the table whose values are not told, as they may be secrets.
     """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {_line(detail, secret=secret)}" for detail in error.errors())) from None
+        lines = [f"{source}: {_line(detail, unquoted=unquoted)}" for detail in error.errors()]
+        raise ValueError("\n".join(lines)) from None
 
 
 def read_text(path: Path) -> str:
@@ -60,7 +61,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes; is it the right file?") from None
 
 
-def _line(detail: ErrorDetails, *, secret: str | None) -> str:
+def _line(detail: ErrorDetails, *, unquoted: str | None) -> str:
     where = _path(detail["loc"])
     match detail["type"]:
         case "extra_forbidden":
@@ -74,7 +75,7 @@ def _line(detail: ErrorDetails, *, secret: str | None) -> str:
             return f"{where}.name: expected a name here, found none; add the key"
         case "value_error":
             return f"{where}: {detail['ctx']['error']}"
-    got = "another value, which may be a secret" if detail["loc"][:1] == (secret,) else repr(detail["input"])
+    got = "another value, which may be a secret" if detail["loc"][:1] == (unquoted,) else repr(detail["input"])
     return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got}"
 
 

@@ -344,7 +344,7 @@ def read(path: Path | None = None, *, environment: Mapping[str, str] = os.enviro
     for name in sorted(names):
         _overlay(document, name, environment[name])
     sources = [*([str(path)] if path else []), *(["environment"] if names else [])]
-    return checked(document, Settings, source=" + ".join(sources) or "settings", secret="auth")
+    return checked(document, Settings, source=" + ".join(sources) or "settings", unquoted="auth")
 
 
 def _overlay(document: dict[str, Any], name: str, value: str) -> None:

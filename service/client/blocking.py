@@ -100,7 +100,7 @@ class Client:
         return self._run(self._operations.config(model, version=version))
 
     def statistics(self, model: str = "", *, version: Version = None) -> list[ModelStatistics]:
-        """Return what the versions of a model, or of all, have done, over reloads, since the server first served them."""
+        """Return what the versions of a model, or of all, did since the server first served them, over reloads."""
         return self._run(self._operations.statistics(model, version=version))
 
     def index(self, *, ready: bool = False) -> list[IndexEntry]:

@@ -140,7 +140,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What one version has done, over reloads, since the server first served it.
+    """What one version has done since the server first served it, over reloads.
 
     Attributes:
         images: images that were answered.

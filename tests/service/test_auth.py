@@ -307,7 +307,10 @@ def test_nothing_is_of_concern_on_this_machine_alone(host: str) -> None:
     assert auth.concerns(Settings(server=Server(host=host))) == []
 
 
-@pytest.mark.parametrize("auth_settings", [None, Auth(anonymous=("admin",))])
+@pytest.mark.parametrize(
+    "auth_settings",
+    [None, Auth(anonymous=("admin",)), Auth(anonymous=("admin",), tokens=(_token("app", "predict"),))],
+)
 def test_a_server_that_others_reach_and_asks_nobody_says_so(auth_settings: Auth | None) -> None:
     [line] = auth.concerns(Settings(server=Server(host="0.0.0.0"), auth=auth_settings))
     assert line == "whoever reaches 0.0.0.0 may do everything, admin's part too; say who may do what in [auth]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import urllib.request
@@ -32,8 +33,10 @@ class Fixed(Collector):
         yield CounterMetricFamily("tenet_rejected", "requests", value=3)
 
 
-def fetch(port: int, accept: str = "", *, host: str = "127.0.0.1") -> tuple[str, str]:
-    request = urllib.request.Request(f"http://{host}:{port}/metrics", headers={"Accept": accept} if accept else {})
+def fetch(port: int, accept: str = "", *, host: str = "127.0.0.1", query: str = "") -> tuple[str, str]:
+    request = urllib.request.Request(
+        f"http://{host}:{port}/metrics{query}", headers={"Accept": accept} if accept else {}
+    )
     with urllib.request.urlopen(request, timeout=10) as response:
         return response.headers["Content-Type"], response.read().decode()
 
@@ -123,3 +126,11 @@ def test_what_a_server_answers_is_on_its_page(start: Callable[..., Serving], rep
     assert 'nv_inference_request_success{model="linear",version="2"} 1.0' in text
     assert 'nv_inference_count{model="linear",version="2"} 3.0' in text
     assert 'tenet_models{state="READY"}' in text
+
+
+def test_a_page_can_be_asked_for_some_of_its_families(start: Callable[..., Serving], repository: Path) -> None:
+    serving = start(repository, Settings(metrics=Metrics(port=0)))
+    assert serving.metrics_port is not None
+    wanted = {"nv_inference_count", "tenet_models", "tenet_build_info", "tenet_queue_seconds_sum"}
+    _, text = fetch(serving.metrics_port, query="?" + "&".join(f"name[]={name}" for name in wanted))
+    assert {re.split("[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")} == wanted

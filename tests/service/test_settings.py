@@ -69,14 +69,17 @@ def test_variables_go_over_the_file(tmp_path: Path) -> None:
         "TENET_SERVER__PORT": "2",
         "TENET_LOGGING__FORM": "json",
         "TENET_MODELS__LOAD": '["a", "b"]',
-        "TENET_MODEL__A__BATCHING__MAX_BATCH_SIZE": "4",
+        "tenet_Model__ignored__cache__enabled": "true",
+        "TENET_Model__ResNet_50__BATCHING__MAX_BATCH_SIZE": "4",
         "TENET_SERVER": "127.0.0.1:8001",
         "HOME": "/root",
     }
     read = settings.read(path, environment=environment)
     assert (read.server.host, read.server.port, read.logging.form) == ("::1", 2, "json")
     assert read.models.load == ("a", "b")
-    assert read.of("a").batching.max_batch_size == 4
+    # Models are called as their publishers wrote them.
+    assert list(read.model) == ["ResNet_50"]
+    assert read.of("ResNet_50").batching.max_batch_size == 4
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,8 @@ def test_variables_go_over_the_file(tmp_path: Path) -> None:
         ("TENET_SERVER__PRT", "1", r"environment: server\.prt: unknown key"),
         ("TENET_SERVER__PORT", "many", r"environment: server\.port: .*integer.*, got 'many'"),
         ("TENET_SERVER__PORT__X", "1", r"TENET_SERVER__PORT__X: .*port is no table"),
+        ("TENET_SERVER__PORT", '9000\nhost = "x"', r"^TENET_SERVER__PORT: expected one TOML value, got others"),
+        ("TENET_SERVER__PORT", "9000\n[auth]", r"^TENET_SERVER__PORT: expected one TOML value, got others"),
     ],
 )
 def test_mistakes_in_variables_name_them(tmp_path: Path, name: str, value: str, message: str) -> None:
@@ -159,3 +164,39 @@ def test_the_command_line_may_give_another_address() -> None:
     assert (given.server.host, given.server.port, given.engine.threads) == ("::1", 0, 2)
     with pytest.raises(ValueError, match=r"port 70000: expected 0 to 65535"):
         base.listening(port=70000)
+
+
+PLAIN = "my-plain-secret-token"
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        f'[[auth.tokens]]\nname = "us"\nsha256 = "{PLAIN}"\nroles = ["predict"]',
+        f'[[auth.tokens]]\nname = "us"\nsha256 = ["{PLAIN}"]\nroles = ["predict"]',
+        f'[[auth.tokens]]\nname = "us"\nsha256 = "{"0" * 64}"\nroles = ["{PLAIN}"]',
+        f'[[auth.tokens]]\nname = "us"\ntoken = "{PLAIN}"',
+        f'[auth]\ntokens = ["{PLAIN}"]',
+        f'[auth]\ntokens = "{PLAIN}"',
+        f'auth = "{PLAIN}"',
+    ],
+)
+def test_a_token_where_its_hash_belongs_is_not_repeated(tmp_path: Path, tokens: str) -> None:
+    """Mistakes end on stderr, and so in a journal."""
+    path = tmp_path / "serve.toml"
+    path.write_text(tokens)
+    with pytest.raises(ValueError, match=r"auth") as raised:
+        settings.read(path)
+    assert PLAIN not in str(raised.value)
+
+
+def test_a_token_in_the_environment_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match=r"^environment: auth\.tokens: ") as raised:
+        settings.read(environment={"TENET_AUTH__TOKENS": PLAIN})
+    assert PLAIN not in str(raised.value)
+
+
+@pytest.mark.parametrize("sha256", ["AB" * 32, "ab" * 31, "ab" * 32 + "\n", "g" * 64])
+def test_what_is_no_hash_is_refused_with_the_way_out(sha256: str) -> None:
+    with pytest.raises(ValueError, match=r"64 hexadecimal digits, letters in lower case, .*sha256sum"):
+        settings.Token(name="us", sha256=sha256, roles=("predict",))

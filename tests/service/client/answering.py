@@ -49,6 +49,8 @@ class Answering(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         # ModelInfer waits for it.
         self.gate = threading.Event()
         self.gate.set()
+        # Released for each ModelInfer that has ended for its caller: answered, or given up.
+        self.left = threading.Semaphore(0)
         self.running = 0
         self.most_running = 0
         self._lock = threading.Lock()
@@ -66,6 +68,7 @@ class Answering(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         return response
 
     def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
+        context.add_callback(self.left.release)
         with self._lock:
             self.times.append(time.monotonic())
             self.requests.append(request)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from tritonclient.utils import deserialize_bytes_tensor
 
 from protos.inference import open_inference_pb2 as pb
 from service.client import AsyncClient, Client, ModelMetadata, RequestOptions, Retries, TensorMetadata, Tls, encoding
-from service.errors import ServiceError, Unavailable
+from service.errors import ServiceError, Unavailable, Unimplemented
 from tests.service.certificates import Authority
 from tests.service.client.answering import Answering, Refusal, serving
 
@@ -98,6 +100,39 @@ def test_a_model_that_has_changed_is_described_again(address: str, answering: An
     assert [request.inputs[0].datatype for request in answering.requests] == ["FP32", "FP32", "UINT8"]
 
 
+@pytest.mark.parametrize("status", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND])
+def test_what_a_model_that_has_not_changed_refuses_is_sent_once(
+    address: str, answering: Answering, status: grpc.StatusCode
+) -> None:
+    with Client(address) as client:
+        client.infer(IMAGES, model="m")
+        answering.refusals.append(Refusal(status, "no"))
+        with pytest.raises(ServiceError, match=r"^no$") as raised:
+            client.infer(IMAGES, model="m")
+    assert raised.value.status is status
+    assert len(answering.requests) == 2
+
+
+def test_classes_have_the_names_of_the_version_that_answered(address: str, answering: Answering) -> None:
+    """The client is shared, and the model loaded again with other classes while images are on their way."""
+    answering.datatype = "BYTES"
+    answering.gate.clear()
+    with Client(address) as client, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(client.classify, [b"file"], model="m", top=3)
+        while not answering.running:
+            assert not found.done()
+        answering.properties = {"version": "8", "class_names": json.dumps(["x", "y"])}
+        assert client.metadata("m").class_names == ("x", "y")
+        answering.gate.set()
+        (classes,) = found.result(10)
+    assert [each.name for each in classes] == ["a", "b", "c"]
+
+
+def test_a_service_that_is_not_here_is_told_with_the_server(ask: Ask, address: str) -> None:
+    with pytest.raises(Unimplemented, match=rf"^{address} does not serve this method; has it a port for operators"):
+        ask(address, "audits", limit=1)
+
+
 def test_so_many_requests_are_on_their_way_and_no_more(address: str, answering: Answering) -> None:
     answering.gate.clear()
     batches = (numbered(255)[number : number + 1] for number in range(20))
@@ -137,6 +172,24 @@ def test_batches_are_read_as_there_is_room(address: str) -> None:
 def test_no_requests_at_once_are_none(ask: Ask, address: str) -> None:
     with pytest.raises(ValueError, match="in_flight: expected 1 request on its way, or more, got 0"):
         ask(address, "infer", numbered(9), model="m", in_flight=0)
+
+
+async def test_who_leaves_early_waits_for_nothing_that_is_on_its_way(address: str, answering: Answering) -> None:
+    answering.gate.clear()
+    async with AsyncClient(address) as client:
+        answers = client.infer_many([IMAGES] * 3, model="m", in_flight=3)
+        first = asyncio.ensure_future(anext(answers))
+        while answering.running < 3:
+            await asyncio.sleep(0)
+        began = time.monotonic()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        # The gate opens by itself after 10 seconds.
+        assert time.monotonic() - began < 5
+        # And the server is told of each.
+        assert all([await asyncio.to_thread(answering.left.acquire, timeout=5) for _ in range(3)])
+        answering.gate.set()
 
 
 async def test_a_cancelled_task_cancels_its_call(address: str, answering: Answering) -> None:

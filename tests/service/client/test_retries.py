@@ -16,13 +16,13 @@ from google.rpc.status_pb2 import Status
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.client import NO_RETRIES, RequestOptions, Retries
+from service.client import NO_RETRIES, Client, RequestOptions, Retries
 from service.client.failures import pushback_s
 from service.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ServiceError, Unavailable
 from tests.service.client.answering import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.service.client.answering import Answering
 
@@ -125,7 +125,8 @@ def test_a_server_that_says_never_is_heeded(ask: Ask, address: str, answering: A
     assert len(answering.times) == 1
 
 
-@pytest.mark.parametrize("said", [pushback("60000"), rich(seconds=60)], ids=["pushback-ms", "RetryInfo"])
+# Short enough that a wait that is begun all the same is a failure, and no test that hangs.
+@pytest.mark.parametrize("said", [pushback("8000"), rich(seconds=8)], ids=["pushback-ms", "RetryInfo"])
 def test_a_wait_beyond_the_deadline_is_not_begun(
     ask: Ask, address: str, answering: Answering, said: tuple[tuple[str, str | bytes], ...]
 ) -> None:
@@ -135,7 +136,7 @@ def test_a_wait_beyond_the_deadline_is_not_begun(
         infer(ask, address, timeout=5)
     assert time.monotonic() - began < 4
     assert len(answering.times) == 1
-    assert raised.value.retry_after_s == 60
+    assert raised.value.retry_after_s == 8
 
 
 def test_all_attempts_together_have_the_time_of_the_call(ask: Ask, address: str, answering: Answering) -> None:
@@ -176,6 +177,27 @@ def test_requests_in_flight_are_tried_again_in_their_place(ask: Ask, address: st
     answers = ask(address, "infer_many", batches, model="m", in_flight=4, client={"retries": QUICK})
     assert [float(answer[0, 0]) for answer in answers] == [number / 16 for number in range(16)]
     assert len(answering.times) == 19
+
+
+def test_the_time_that_a_caller_takes_between_answers_is_not_that_of_its_calls(
+    address: str, answering: Answering
+) -> None:
+    timeout_s = 1.0
+
+    def batches() -> Iterator[Any]:
+        yield IMAGES
+        while answering.running or not answering.times:
+            pass
+        # The first has been answered: the second is refused.
+        answering.refusals.append(Refusal(FULL, metadata=pushback("100")))
+        yield IMAGES
+
+    with Client(address, timeout=timeout_s) as client:
+        for _ in client.infer_many(batches(), model="m", in_flight=2):
+            time.sleep(1.2 * timeout_s)  # what the caller does with an answer
+    first, refused, again = answering.times
+    assert first < refused < again
+    assert again - refused > timeout_s
 
 
 def test_calls_other_than_inference_are_tried_again(ask: Ask, address: str, answering: Answering) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.service.client.answering import serving as answering_server
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from protos.inference import open_inference_pb2 as pb
     from service.server import Serving
 
 
@@ -72,6 +74,35 @@ def test_other_formats_than_servers_decode_are_converted(
     assert (found["class"], found["probability"]) == (same["class"], same["probability"])
 
 
+@pytest.mark.parametrize("suffix", [".tiff", ".pgm"])
+def test_sixteen_bits_are_those_of_the_same_image_as_png(serving: Serving, tmp_path: Path, suffix: str) -> None:
+    grey = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    for name in ("deep.png", f"deep{suffix}"):
+        Image.fromarray(grey).save(tmp_path / name)
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "flat.png")
+    names = [f"deep{suffix}", "deep.png", "flat.png"]
+    found = predicted(serving, *(str(tmp_path / name) for name in names), "--model", "linear")
+    assert found[0]["probability"] == found[1]["probability"] == found[2]["probability"]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_an_image_of_which_nobody_knows_what_is_white_is_refused(
+    serving: Serving, tmp_path: Path, dtype: type[np.generic]
+) -> None:
+    path = tmp_path / "deep.tiff"
+    Image.fromarray(np.ones((4, 4), dtype)).save(path)
+    assert refusal(serving, path).endswith("it has 32 bits a channel; save it with 8 or 16")
+
+
+def test_a_tiff_that_was_held_sideways_is_turned_once(serving: Serving, picture: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(picture) as image:
+        image.rotate(90, expand=True).save(tmp_path / "sideways.tiff", exif=exif)
+    upright, sideways = predicted(serving, str(picture), str(tmp_path / "sideways.tiff"), "--model", "linear")
+    assert sideways["probability"] == upright["probability"]
+
+
 def test_a_photograph_is_seen_upright(serving: Serving, picture: Path, tmp_path: Path) -> None:
     """A camera that was held sideways stores the image so, and says it in EXIF."""
     exif = Image.Exif()
@@ -117,6 +148,49 @@ def test_the_file_that_is_no_image_is_named(serving: Serving, picture: Path, tmp
     result = CliRunner().invoke(command_line.app, arguments)
     assert isinstance(result.exception, ValueError)
     assert str(result.exception).startswith(f"{broken}: expected ")
+
+
+def refusal(serving: Serving, *paths: Path) -> str:
+    arguments = ["predict", *map(str, paths), "--model", "linear", "--server", serving.address]
+    result = CliRunner().invoke(command_line.app, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith(f"{paths[-1]}: expected a whole image, got one that cannot be decoded: ")
+    return str(result.exception)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".tiff"])
+def test_the_file_that_is_cut_off_is_named(serving: Serving, picture: Path, tmp_path: Path, suffix: str) -> None:
+    cut = tmp_path / f"cut{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(cut, compression="tiff_lzw" if suffix == ".tiff" else None)
+    content = cut.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    refusal(serving, picture, cut)
+
+
+def test_a_file_that_says_it_is_enormous_is_named(serving: Serving, picture: Path, tmp_path: Path) -> None:
+    header = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54)
+    bomb = tmp_path / "bomb.bmp"
+    bomb.write_bytes(header + struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0))
+    refusal(serving, picture, bomb)
+
+
+class Broken(Answering):
+    """Answers with what is no number."""
+
+    def _answer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
+        response = super()._answer(request, context)
+        response.raw_output_contents[0] = np.full(3, np.nan, "<f4").tobytes()
+        return response
+
+
+def test_a_model_that_answers_no_numbers_is_json_all_the_same(picture: Path) -> None:
+    with answering_server(Broken()) as address:  # type: ignore[abstract]
+        arguments = ["predict", str(picture), "--model", "m", "--server", address, "--json", "--top", "2"]
+        result = CliRunner().invoke(command_line.app, arguments)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert [each["probability"] for each in found["top"]] == [None, None]
 
 
 def test_a_folder_without_images_is_named(serving: Serving, tmp_path: Path) -> None:

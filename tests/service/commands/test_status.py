@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
+from protos.inference import open_inference_pb2 as pb
+from protos.inference.open_inference_pb2_grpc import GRPCInferenceServiceServicer
 from service import __main__ as command_line
-from service.client import Client
+from service.client import Client, Duration, IndexEntry, ModelStatistics
+from service.commands import model_status
 from service.settings import Settings
 from tests.service.certificates import Authority
+from tests.service.client.answering import serving as serving_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +73,58 @@ def test_images_a_second_are_those_of_now(serving: Serving) -> None:
     assert found["linear@1"]["statistics"]["images_per_second"] == 0
 
 
+def test_each_number_stands_under_its_heading() -> None:
+    counted = ModelStatistics(
+        "digits",
+        "2",
+        images=90,
+        executions=20,
+        succeeded=Duration(40, 9_000_000),
+        failed=Duration(3, 1),
+        queue=Duration(40, 50_000_000),
+        compute=Duration(40, 280_000_000),
+        cache_hit=Duration(0, 0),
+        cache_miss=Duration(0, 0),
+    )
+    entry = IndexEntry("digits", "2", "READY", "")
+    found = model_status.Status(entry, ("stable", "canary"), counted, images_per_second=61.25)
+    assert dict(zip(model_status.HEADINGS, model_status.row(found), strict=True)) == {
+        "model": "digits@2",
+        "aliases": "stable, canary",
+        "state": "READY",
+        "requests": "43",
+        "failed": "3",
+        "images/s": "61.2",
+        "queue ms": "1.25",
+        "compute ms": "7.00",
+        "mean batch": "4.5",
+    }
+
+
+class Index(GRPCInferenceServiceServicer):
+    """Of a server that tells nothing else, as a port for operators may."""
+
+    def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
+        del request, context
+        response = pb.RepositoryIndexResponse()
+        response.models.add(name="digits", version="2", state="READY")
+        return response
+
+
+def test_a_server_that_neither_counts_nor_describes_shows_its_index() -> None:
+    with serving_of(Index()) as address:  # type: ignore[abstract]  # nobody asks for the rest
+        assert records(address) == {
+            "digits@2": {
+                "model": "digits",
+                "version": "2",
+                "state": "READY",
+                "reason": "",
+                "aliases": [],
+                "statistics": None,
+            }
+        }
+
+
 def test_a_server_that_is_not_there_is_one_line() -> None:
     result = status("127.0.0.1:1")
     assert result.exit_code == 1
@@ -99,6 +155,12 @@ def test_certificates_and_token_come_from_the_environment(
     assert "linear" in {each["model"] for each in json.loads(found.stdout)}
     without = status(address, environment={**environment, "TENET_TOKEN_FILE": ""})
     assert "who has not said who it is" in str(without.exception)
+
+
+def test_a_token_file_that_is_empty_is_named(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(" \n")
+    result = status("127.0.0.1:1", "--token-file", str(tmp_path / "token"))
+    assert str(result.exception).startswith(f"--token-file: {tmp_path / 'token'}: expected a token, the file is empty")
 
 
 @pytest.mark.parametrize(

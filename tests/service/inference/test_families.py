@@ -166,6 +166,13 @@ def _openmetrics(text: str) -> list[Metric]:
     return list(parsed_openmetrics(text))  # type: ignore[no-untyped-call]
 
 
+async def test_every_family_is_announced_so_that_a_page_can_be_asked_for_some_of_them(ledger: Ledger) -> None:
+    families = Families(ledger, index=index)
+    announced = {family.name: (family.type, family.documentation) for family in families.describe()}
+    read = await asyncio.to_thread(lambda: list(families.collect()))
+    assert announced == {family.name: (family.type, family.documentation) for family in read}
+
+
 async def test_openmetrics_takes_every_family(ledger: Ledger) -> None:
     registry = CollectorRegistry()
     registry.register(Families(ledger, index=index))

@@ -53,6 +53,8 @@ def test_requests_images_and_calls_are_counted_as_triton_counts_them() -> None:
     (batch,) = message.batch_stats
     assert (batch.batch_size, batch.compute_infer.count, batch.compute_infer.ns) == (9, 1, 2 * MILLISECOND_NS)
     assert (batch.compute_input.ns, batch.compute_output.ns) == (10, 30)
+    # The engine's call alone, and each once however many requests share it.
+    assert statistics.compute_times.read().total == 2 * MILLISECOND_NS
     assert message.last_inference > 1_600_000_000_000
 
 

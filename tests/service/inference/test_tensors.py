@@ -440,6 +440,43 @@ def test_encoded_images_in_shared_memory(memory: memoryview, regions: Regions) -
     assert encoded(request, regions=regions) == [b"one"]
 
 
+def test_encoded_images_in_shared_memory_are_no_longer_than_a_request_may_be(
+    memory: memoryview, regions: Regions
+) -> None:
+    request = images_as(1, images=[])
+    request.ClearField("raw_input_contents")
+    memory[:7] = packed(b"one")
+    place(request.inputs[0], size=7)
+    found = tensors.encoded_images(parsed(request), SPECS[0], regions=regions, max_bytes=7)
+    assert found == [b"one"]
+    with pytest.raises(InvalidArgument, match=r"input 'images': expected at most 6 bytes in shared memory, .*, got 7"):
+        tensors.encoded_images(parsed(request), SPECS[0], regions=regions, max_bytes=6)
+
+
+LONG = {
+    "of any size": (TensorSpec(name="x", datatype="UINT8", shape=(-1, -1)), [2, 10]),
+    "of texts": (TensorSpec(name="x", datatype="BYTES", shape=(-1, 2)), [1, 2]),
+}
+
+
+@pytest.mark.parametrize(("spec", "shape"), LONG.values(), ids=LONG.keys())
+def test_tensors_whose_length_the_model_leaves_open_are_no_longer_either(
+    regions: Regions, spec: TensorSpec, shape: list[int]
+) -> None:
+    request = pb.ModelInferRequest()
+    place(request.inputs.add(name="x", datatype=spec.datatype, shape=shape), size=20)
+    with pytest.raises(InvalidArgument, match=r"input 'x': expected at most 19 bytes in shared memory, .*, got 20"):
+        tensors.decode_inputs(parsed(request), (spec,), max_batch=MAX_BATCH, regions=regions, max_bytes=19)
+
+
+def test_tensors_whose_length_the_model_says_may_be_longer_than_a_request(regions: Regions) -> None:
+    spec = TensorSpec(name="x", datatype="UINT8", shape=(-1, 10))
+    request = pb.ModelInferRequest()
+    place(request.inputs.add(name="x", datatype="UINT8", shape=[2, 10]), size=20)
+    found = tensors.decode_inputs(parsed(request), (spec,), max_batch=MAX_BATCH, regions=regions, max_bytes=19)
+    assert found["x"].shape == (2, 10)
+
+
 def placed_input(request: pb.ModelInferRequest) -> None:
     request.raw_input_contents.pop(0)
     place(request.inputs[0], size=48)
