@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from google.protobuf.unknown_fields import UnknownFieldSet
 from PIL import Image
 from tritonclient.grpc import InferenceServerClient as Triton
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
@@ -276,6 +277,18 @@ def png(image: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
 
 
 # KServe's and MLServer's dialects
+
+
+def test_metadata_leave_the_field_alone_that_dialects_disagree_on(serving: Serving) -> None:
+    """Its type is a map of strings in the specification, and a map of messages at MLServer."""
+    with grpc.insecure_channel(serving.address) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")
+        answer: bytes = call(pb.ModelMetadataRequest(name="linear").SerializeToString(), timeout=10)
+    # To a message without fields all are unknown.
+    unknown: Any = UnknownFieldSet(pb.ServerLiveRequest.FromString(answer))
+    numbers = {field.field_number for field in unknown}
+    assert {1, 2, 3, 4, 5} <= numbers
+    assert 6 not in numbers
 
 
 def test_kserves_load_and_unload_name_the_model_first(explicit: Serving) -> None:
