@@ -282,7 +282,7 @@ def png(image: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
 def test_metadata_leave_the_field_alone_that_dialects_disagree_on(serving: Serving) -> None:
     """Its type is a map of strings in the specification, and a map of messages at MLServer."""
     with grpc.insecure_channel(serving.address) as channel:
-        call = channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")
+        call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")
         answer: bytes = call(pb.ModelMetadataRequest(name="linear").SerializeToString(), timeout=10)
     # To a message without fields all are unknown.
     unknown: Any = UnknownFieldSet(pb.ServerLiveRequest.FromString(answer))
