@@ -171,7 +171,7 @@ class Models(_Table):
     # The alias that answers where no version is named; the newest version that is ready without one.
     default_alias: str | None = None
     # Batch sizes that are run before a version is served: every one, powers of two and the largest, or only one.
-    warm_up: Literal["all", "powers", "one"] = "powers"
+    warm_up: Literal["all", "powers", "one"] = "all"
 
 
 class Images(_Table):

@@ -5,8 +5,7 @@
 Requests that are alike and under way at once each reach the engine; the answer of the first to finish is kept.
 
 The hash must resist collisions: otherwise a caller could prepare two images of which one gets the other's answer.
-sha256 takes 0.33 ms for 600 KB on a processor with instructions for it, half of what blake2b takes; without them it
-takes twice as long as blake2b.
+sha256 takes 0.33 ms for 600 KB on a processor with instructions for it, half of what blake2b takes.
 
 For the thread of the event loop alone.
 """

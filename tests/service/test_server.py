@@ -66,7 +66,7 @@ from export.engines.ort import OrtEngine
 run = OrtEngine._run
 
 def slow(self, images):
-    if len(images) == 3:  # no warm-up has as many
+    if images.any():  # a warm-up's are zeros
         print("in flight", flush=True)
         time.sleep(1)
     return run(self, images)
