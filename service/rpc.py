@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Boundary:
         elif handler.request_streaming:
             behaviour = self._streaming(path, handler.stream_stream, self._parsed_one_by_one(path, parse), write)
         else:
-            behaviour = self._streaming(path, handler.unary_stream, lambda data: _parsed(path, parse, data), write)
+            behaviour = self._streaming(path, handler.unary_stream, lambda data, _: _parsed(path, parse, data), write)
         return Method(path, behaviour, handler.request_streaming, handler.response_streaming)
 
     def end_streams(self) -> None:
@@ -160,17 +161,20 @@ class Boundary:
         async def call(data: Any, context: Context) -> AsyncIterator[bytes]:
             self._last = time()
             self._calls += counted
+            held = _Held()
             known = self._told.begin(path, context)
             try:
                 self._admit(path, context, counted=counted)
-                async with aclosing(behaviour(parse(data), context)) as responses:
+                async with aclosing(behaviour(parse(data, held), context)) as responses:
                     async for response in responses:
                         yield write(response)
+                        self._bytes -= held.answered()
             except Exception as error:  # noqa: BLE001 - as above
                 known.fail(error)
                 await abort(context, error, path)
             finally:
                 self._calls -= counted
+                self._bytes -= held.left()
                 self._told.end(known)
 
         return call
@@ -182,19 +186,29 @@ class Boundary:
                 "or raise server.max_concurrent_calls",
                 retry_after_s=_TRY_AGAIN_S,
             )
+        self._admit_bytes()
+        if self._authenticator.required and counted:
+            caller = self._authenticator.caller(context.invocation_metadata(), context.auth_context)
+            authorise(caller, path)
+
+    def _admit_bytes(self) -> None:
         if self._bytes > self._max_bytes:
             raise ResourceExhausted(
                 f"the server's requests have {self._bytes} bytes, of {self._max_bytes} at most; try again later, "
                 "or raise server.max_in_flight_mib",
                 retry_after_s=_TRY_AGAIN_S,
             )
-        if self._authenticator.required and counted:
-            caller = self._authenticator.caller(context.invocation_metadata(), context.auth_context)
-            authorise(caller, path)
 
-    def _parsed_one_by_one(self, path: str, parse: Any) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
-        async def messages(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    def _parsed_one_by_one(self, path: str, parse: Any) -> Callable[[AsyncIterator[bytes], _Held], AsyncIterator[Any]]:
+        async def messages(requests: AsyncIterator[bytes], held: _Held) -> AsyncIterator[Any]:
             while (data := await self._next(requests)) is not None:
+                held.read(len(data))
+                self._bytes += len(data)
+                # A stream whose own requests are being answered has what will make room: the next stays in the
+                # connection until then. One that has none would wait for others, who may never read their answers.
+                while self._bytes > self._max_bytes and held.several:
+                    await held.wait()
+                self._admit_bytes()
                 yield _parsed(path, parse, data)
 
         return messages
@@ -216,6 +230,37 @@ class Boundary:
         finally:
             self._reads.discard(read)
             self._last = asyncio.get_running_loop().time()
+
+
+class _Held:
+    """The bytes of a stream's requests that have no answer yet, oldest first: each request has one answer."""
+
+    def __init__(self) -> None:
+        self._sizes: deque[int] = deque()
+        self._fewer = asyncio.Event()
+
+    @property
+    def several(self) -> bool:
+        """Whether a request waits for its answer beside the last one read."""
+        return len(self._sizes) > 1
+
+    def read(self, size: int) -> None:
+        """Count a request."""
+        self._sizes.append(size)
+
+    def answered(self) -> int:
+        """Forget the oldest request, and return its bytes."""
+        self._fewer.set()
+        return self._sizes.popleft() if self._sizes else 0
+
+    def left(self) -> int:
+        """Return the bytes of all requests without an answer."""
+        return sum(self._sizes)
+
+    async def wait(self) -> None:
+        """Wait until a request has its answer."""
+        self._fewer.clear()
+        await self._fewer.wait()
 
 
 def _parsed(path: str, parse: Any, data: bytes) -> Any:

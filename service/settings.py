@@ -50,7 +50,7 @@ class Server(_Table):
     max_message_mib: int = Field(default=64, ge=1, le=2047)
     # Calls that may be in the server at once, streams among them; the next is refused at once.
     max_concurrent_calls: int = Field(default=4096, ge=1)
-    # MiB that the requests in the server may have together, those of streams apart; the next is refused at once.
+    # MiB that the requests in the server may have together; the next is refused at once, or waits in its stream.
     max_in_flight_mib: int = Field(default=1024, ge=1)
     # Connections that may be open at once; the next is closed at once. No limit by default.
     max_connections: int | None = Field(default=None, ge=1)

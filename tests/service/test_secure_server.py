@@ -118,6 +118,29 @@ def test_requests_of_too_many_bytes_are_told_when_to_come_again(start: Start, re
         assert _status(stub.ModelMetadata, _METADATA) is grpc.StatusCode.OK
 
 
+def test_a_stream_with_too_many_bytes_waits_for_its_own_answers(start: Start, repository: Path) -> None:
+    # Each request waits a while for others to fill its batch, and two of this size are all that there is room for.
+    tables = {"server": {"max_in_flight_mib": 1}, "batching": {"max_queue_delay_ms": 300}}
+    serving = _started(start, repository, tables)
+    image = pb.ModelInferRequest.InferInputTensor(name="images", datatype="FP32", shape=(1, 3, 4, 4))
+    names = [str(number) * 400_000 for number in range(6)]
+    with grpc.insecure_channel(serving.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        requests = (
+            pb.ModelInferRequest(model_name="linear", id=name, inputs=[image], raw_input_contents=[bytes(4 * 48)])
+            for name in names
+        )
+        answers = stub.ModelStreamInfer(requests, timeout=30)
+        statuses = set()
+        while grpc.StatusCode.RESOURCE_EXHAUSTED not in statuses and answers.is_active():
+            statuses.add(_status(stub.ModelMetadata, _METADATA))
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED in statuses
+        assert [(answer.infer_response.id[:1], answer.error_message) for answer in answers] == [
+            (name[:1], "") for name in names
+        ]
+        assert _status(stub.ModelMetadata, _METADATA) is grpc.StatusCode.OK
+
+
 def test_connections_beyond_the_limit_are_closed(start: Start, repository: Path) -> None:
     serving = _started(start, repository, {"server": {"max_connections": 1}})
     # Channels of equal options share a connection; these do not.
