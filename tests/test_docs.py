@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import socket
@@ -20,6 +21,8 @@ from typer.main import get_command_from_info
 from export.mapping import Mapping
 from service import settings
 from service.__main__ import app
+from service.audit import attack_tables, checks, metric, plan
+from service.audit.report import AttackReport, Report
 from tests.processes import address, running
 from tests.service.certificates import Authority
 from training import recipe
@@ -33,6 +36,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 EXPORT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+PLANS = (ROOT / "docs" / "audit-plans.md").read_text(encoding="utf-8")
+AUDITS = (ROOT / "docs" / "audits.md").read_text(encoding="utf-8")
 PAGES = sorted(
     page for place in ("*.md", "docs/**/*.md", "deploy/**/*.md", "benchmarks/*.md") for page in ROOT.glob(place)
 )
@@ -40,6 +45,7 @@ PAGES = sorted(
 _PROGRAMS = re.compile(r"```python\n(.*?)```(?:\n\n```text output\n(.*?)```)?", re.DOTALL)
 _TOML = re.compile(r"```toml\n(.*?)```", re.DOTALL)
 _SECTION = re.compile(r"^### `\[(.+)\]`$")
+_PARAMETER = re.compile(r"`(\w+)` = (\"[^\"]*\"|\[[^]]*\]|[\w.+-]+)")
 _LINK = re.compile(r"\[[^]]*\]\(([^):\s#]*)(?:#([^)\s]+))?\)")
 
 # Sections of a recipe, and of those with several kinds of table the first cell of a kind's rows.
@@ -76,6 +82,17 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "tracing": settings.Tracing,
     "model.NAME": settings.PerModel,
 }
+
+# Tables of an audit plan whose keys stand in tables of their own.
+PLAN: dict[str, type[BaseModel]] = {
+    "target": plan.Target,
+    "data": plan.Data,
+    "corruptions": plan.Corruptions,
+    "differential": plan.Differential,
+    "checks": plan.Checks,
+    "sequential": plan.Sequential,
+}
+ATTACKS: tuple[type[attack_tables.Table], ...] = get_args(get_args(plan.Attack)[0])
 
 CHOICES = (recipe.DataName, recipe.Optimizer, recipe.Schedule, recipe.Variant, recipe.Precision)
 
@@ -266,6 +283,112 @@ def _flags(verb: str) -> set[str]:
         for parameter in get_command_from_info(command, pretty_exceptions_short=False, rich_markup_mode=None).params
         for flag in parameter.opts
     }
+
+
+@pytest.mark.parametrize("table", PLAN)
+def test_the_page_on_plans_has_every_key_and_its_default(table: str) -> None:
+    fields = PLAN[table].model_fields
+    page = documented(PLANS)[table, ""]
+    assert sorted(page) == sorted(fields)
+    for key, default in page.items():
+        real = fields[key].default
+        real = "required" if real is PydanticUndefined else "none" if real is None else real
+        assert value(default) == real, f"[{table}] {key}"
+
+
+def test_the_page_on_plans_has_no_other_table() -> None:
+    assert documented(PLANS).keys() == {(table, "") for table in {*PLAN, "[attacks]"}}
+    assert {*PLAN, "attacks", "gates"} == {*plan.Plan.model_fields}
+    assert "`[gates]`" in PLANS
+
+
+def attacks() -> dict[str, dict[str, str]]:
+    """The page's attacks by name, each with its own parameters and their defaults."""
+    section = PLANS.partition("\n## Attacks\n")[2].partition("\n## ")[0]
+    found: dict[str, dict[str, str]] = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            first, *rest = line.strip("|").split("|")
+            for name in re.findall(r"`(\w+)`", first):
+                assert name not in found, f"{name} stands twice"
+                found[name] = dict(_PARAMETER.findall("|".join(rest)))
+    return found
+
+
+def _names(family: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(family.model_fields["name"].annotation)
+
+
+def test_the_page_on_plans_has_every_attack_and_no_other() -> None:
+    assert sorted(attacks()) == sorted(name for family in ATTACKS for name in _names(family))
+
+
+@pytest.mark.parametrize("family", ATTACKS, ids=lambda family: family.__name__)
+def test_the_page_on_plans_has_every_parameter_of_an_attack_and_its_default(family: type[BaseModel]) -> None:
+    shared = set(documented(PLANS)["[attacks]", ""])
+    own = {key: field for key, field in family.model_fields.items() if key not in shared}
+    for name in _names(family):
+        page = attacks()[name]
+        targeted = name not in {"LinfAPGD", "L2APGD"}
+        assert set(page) - shared == {key for key in own if key != "targets" or targeted}, name
+        for key, default in page.items():
+            real = family.model_fields[key].default
+            assert real is None or value(default) == real, f"{name}: {key}"
+
+
+def test_the_page_on_plans_has_every_choice_of_a_key_of_attacks() -> None:
+    section = PLANS.partition("### `[[attacks]]`\n")[2].partition("\n#")[0]
+    rows = {line.split("`")[1]: line for line in section.splitlines() if line.startswith("| `")}
+    for key in ("access", "gradients", "decisions", "suite"):
+        choices = {
+            choice
+            for family in ATTACKS
+            if key in family.model_fields
+            for choice in _choices(family.model_fields[key].annotation)
+        }
+        assert {choice for choice in choices if f'"{choice}"' not in rows[key]} == set(), key
+
+
+def test_the_page_on_plans_has_every_metric_of_gates_and_no_other() -> None:
+    table = PLANS.partition("| metric | what it is |")[2].partition("\n\n")[0]
+    told = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| `")}
+    names = [re.findall(r"`(\w+)((?:\[[^]]*\])?)`", cell) for cell in told]
+    forms = {(name, brackets.count('"') // 2) for cell in names for name, brackets in cell}
+    assert forms == {(name, len(keys)) for name, form in metric._FORMS.items() for keys in form.keys}
+
+
+def test_the_page_on_plans_says_of_every_warning_what_the_code_says() -> None:
+    table = PLANS.partition("| code | raised if | explanation |")[2].partition("\n\n")[0]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "`" in line]
+    assert [code for code, _, _ in told] == [f"`{check.__name__}`" for check in (*checks.CHECKS, *checks.CONTESTS)]
+    for check, (_, raised, explanation) in zip((*checks.CHECKS, *checks.CONTESTS), told, strict=True):
+        said = " ".join((inspect.getdoc(check) or "").split()).casefold()
+        assert f"raised if: {raised} explanation: {explanation}".casefold() in said, check.__name__
+
+
+@pytest.mark.parametrize("text", [*_TOML.findall(PLANS), *_TOML.findall(AUDITS)])
+def test_a_plan_of_a_page_can_be_read(text: str) -> None:
+    assert plan.parse(text).attacks
+
+
+@pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize(("program", "output"), _PROGRAMS.findall(AUDITS))
+def test_a_program_of_the_page_on_audits_runs(
+    program: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.split() == output.split()
+
+
+def test_the_page_on_audits_has_every_key_of_a_report() -> None:
+    for section, told in ((Report, "\n| `schema`"), (AttackReport, "\n| `results`")):
+        table = AUDITS.partition(told)[2].partition("\n\n")[0]
+        first = [line.split("|")[1] for line in (told.strip() + table).splitlines()]
+        keys = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+        named = {"id", "name", "access", "norm", "n", "unrounded"}  # said in the text, or by themselves
+        real = {field.alias or name for name, field in section.model_fields.items()}
+        assert keys | named == real | named, section.__name__
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -1,74 +1,129 @@
-"""Shard results -> report: proportions, intervals, sanity checks, gates and the verdict."""
+"""What became of every image -> report: sections, reasons for doubt, gates and the verdict.
+
+[ShardResult] --outcomes.gather--> Outcomes --sections--> AttackReport, CorruptionsReport ... --check--> [Doubt]
+                                       '--Measures, gates--> [GateReport] --> verdict --> Report
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.intervals import wilson
-from service.audit import checks, statistics
-from service.audit.gates import Measured
-from service.audit.plan import epsilon_value
+from service.audit import calibration, checks, comparison, examples, outcomes, robustness, statistics
+from service.audit.measures import Measures, adversarial
 from service.audit.report import (
-    AttackReport,
+    Bin,
+    CalibrationReport,
     Cell,
+    CleanReport,
     CorruptionsReport,
-    DifferentialReport,
-    EngineReport,
-    EpsilonReport,
+    ExampleReport,
     GateReport,
-    Proportion,
     Report,
+    SequentialReport,
+    Shift,
+    TermReport,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
+    from collections.abc import Callable, Sequence
 
-    from export.repository import Version
-    from service.audit.auditor import Auditor, ShardResult
-    from service.audit.gates import Gate
-    from service.audit.plan import Attack, Plan
-    from service.audit.report import Doubt, Verdict
+    from jaxtyping import Float64, Int64
 
-
-def assemble(auditor: Auditor, results: Sequence[ShardResult], *, provenance: dict[str, object]) -> Report:
-    """Put the results of all shards of an audit together."""
-    plan = auditor.plan
-    by_kind = {kind: [r for r in results if r.shard.kind == kind] for kind in ("clean", "attack", "corruption")}
-    (clean,) = by_kind["clean"]
-    attacks = tuple(_attack(attack, _joined(attack, by_kind["attack"])) for attack in plan.attacks)
-    warnings = tuple(checks.check(results, attacks))
-    corrupted = _corruptions(by_kind["corruption"], seed=plan.data.seed) if by_kind["corruption"] else None
-    differential = None
-    if auditor.reference_version is not None:
-        differential = _differential(auditor.reference_version, clean, by_kind["corruption"], seed=plan.data.seed)
-    draft = Report(
-        audit={"plan": plan.model_dump(mode="json", exclude={"target": {"repository"}, "data": {"folder", "root"}})},
-        target=_engine(auditor.version),
-        data=_data(plan, n=len(auditor.samples)),
-        clean=_proportion(_bits(clean.correct)),
-        attacks=attacks,
-        worst_case=_worst_case(plan, by_kind["attack"]),
-        corruptions=corrupted,
-        differential=differential,
-        warnings=warnings,
-        verdict="pass",
-        provenance=provenance,
+    from service.audit.examples import Example
+    from service.audit.gates import Compared, Gate, Judgement
+    from service.audit.outcomes import Answers, Outcomes
+    from service.audit.plan import Plan
+    from service.audit.report import (
+        AttackReport,
+        DifferentialReport,
+        Doubt,
+        OpenInterval,
+        TargetReport,
+        Verdict,
     )
-    gates = tuple(_gate(name, gate, draft) for name, gate in plan.gates.items())
-    return draft.model_copy(update={"gates": gates, "verdict": _verdict(gates, warnings)})
+    from service.audit.samples import Samples
+    from service.audit.sequential import Sequential
+    from service.audit.shard import ShardResult
+
+    Check = Callable[[Plan, Sequence[ShardResult], Sequence[AttackReport]], Sequence[Doubt]]
+
+# An interval over images needs two of them.
+_FEWEST = 2
+
+# Places of this machine are nothing that a report's reader needs; an audit of the same files elsewhere is the same.
+_PLACES = {"target": {"repository"}, "data": {"folder", "root"}}
 
 
-def _engine(version: Version) -> EngineReport:
-    manifest = version.manifest
-    return EngineReport(
-        model=manifest.model,
-        version=manifest.version,
-        sha256=manifest.sha256,
-        runtime=manifest.runtime,
-        precision=manifest.precision,
+def assemble(
+    plan: Plan,
+    *,
+    samples: Samples,
+    class_names: Sequence[str],
+    target: TargetReport,
+    reference: TargetReport | None,
+    results: Sequence[ShardResult],
+    check: Check,
+    provenance: dict[str, object],
+    stopping: Sequential | None = None,
+    kept: Sequence[Example] = (),
+    error: str = "",
+) -> Report:
+    """Put the results of an audit's shards together.
+
+    Args:
+        plan: of the audit.
+        samples: its images, labels and their places in the data.
+        class_names: of the target, in the order of its logits.
+        target: who was asked.
+        reference: with whom it was compared.
+        results: of all shards that were run.
+        check: the reliability checks (service.audit.checks.check).
+        provenance: what differs from run to run.
+        stopping: what looked at the gates after every slice, of a plan that may stop early.
+        kept: adversarial images of the shards.
+        error: what ended the audit before its end; the report is then partial.
+
+    Raises:
+        ValueError: there is no answer to any clean image.
+    """
+    found = outcomes.gather(outcomes.in_plan_order(plan, results), labels=samples.labels)
+    reports = {
+        attack.id: robustness.attack(attack, found, class_names=class_names)
+        for attack in plan.attacks
+        if attack.id in found.attacked
+    }
+    searching = [attack.id for attack in adversarial(plan)]
+    attacks = tuple(own for name, own in reports.items() if name in searching)
+    warnings = tuple(check(plan, results, attacks))
+    measures = Measures(plan, found, class_names=class_names)
+    gates = _gates(plan, measures, stopping, samples=len(found.clean.rows))
+    return Report(
+        audit={"plan": plan.model_dump(mode="json", exclude=_PLACES)},
+        complete=not error,
+        error=error,
+        target=target,
+        data=_data(plan, n=len(samples)),
+        clean=_clean(found, class_names=class_names),
+        attacks=attacks,
+        worst_case=robustness.worst_case(adversarial(plan), found),
+        corruptions=_corruptions(found, seed=plan.data.seed),
+        differential=_differential(
+            found,
+            reference,
+            attacks=searching,
+            searches=[own for name, own in reports.items() if name not in searching],
+            seed=plan.data.seed,
+        ),
+        calibration=_calibration(found, attacks=searching, seed=plan.data.seed),
+        sequential=_sequential(plan, stopping, gates),
+        examples=_examples(plan, found, kept, samples=samples, class_names=class_names),
+        gates=gates,
+        warnings=warnings,
+        not_checked=checks.not_checked(results),
+        verdict=_verdict(gates, warnings, complete=not error),
+        provenance=provenance,
     )
 
 
@@ -78,126 +133,154 @@ def _data(plan: Plan, *, n: int) -> dict[str, object]:
     return {"source": name, "n": n, "seed": source.seed}
 
 
-def _bits(flags: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return np.asarray(np.frombuffer(flags.encode(), dtype=np.uint8) == ord("1"))
+def _clean(found: Outcomes, *, class_names: Sequence[str]) -> CleanReport:
+    correct, labels = found.correct(found.clean), found.labels[found.clean.rows]
+    return CleanReport(
+        **robustness.proportion(correct).model_dump(),
+        classes=robustness.by_class(correct, labels, class_names=class_names),
+    )
 
 
-def _proportion(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> Proportion:
-    hits, n = int(flags.sum()), len(flags)
-    return Proportion(accuracy=hits / n, interval=wilson(hits, n), n=n)
-
-
-def _joined(attack: Attack, results: Sequence[ShardResult]) -> list[ShardResult]:
-    own = (result for result in results if result.shard.subject == attack.id)
-    return sorted(own, key=lambda result: result.shard.start)
-
-
-def _robust(results: Sequence[ShardResult], epsilon: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return np.concatenate([_bits(result.robust[epsilon]) for result in results])
-
-
-def _attack(attack: Attack, results: Sequence[ShardResult]) -> AttackReport:
-    queries = sum(result.queries for result in results)
-    reports = []
-    for epsilon in attack.epsilons:
-        share = _proportion(_robust(results, epsilon))
-        reports.append(
-            EpsilonReport(
-                epsilon=epsilon,
-                size=epsilon_value(epsilon),
-                robust_accuracy=share.accuracy,
-                interval=share.interval,
-                n=share.n,
-                queries=queries / share.n,
-            )
-        )
-    return AttackReport(id=attack.id, name=attack.name, access=attack.access, norm=attack.norm, results=tuple(reports))
-
-
-def _worst_case(plan: Plan, results: Sequence[ShardResult]) -> Proportion | None:
-    """Return the share of images that survive every attack of the plan at every epsilon."""
-    survivors = [_robust(_joined(attack, results), epsilon) for attack in plan.attacks for epsilon in attack.epsilons]
-    return _proportion(np.logical_and.reduce(survivors)) if survivors else None
-
-
-def _corruptions(results: Sequence[ShardResult], *, seed: int) -> CorruptionsReport:
-    errors = np.stack([~_bits(result.correct) for result in results], axis=1)
+def _corruptions(found: Outcomes, *, seed: int) -> CorruptionsReport | None:
+    if not found.corrupted:
+        return None
+    rows = robustness.shared_rows([answers.rows for answers in found.corrupted.values()])
+    errors = np.stack([~found.correct(a)[np.searchsorted(a.rows, rows)] for a in found.corrupted.values()], axis=1)
+    if len(errors) < _FEWEST:
+        return None
     return CorruptionsReport(
-        cells=tuple(map(_cell, results)),
+        cells=tuple(_cell(name, severity, found, answers) for (name, severity), answers in found.corrupted.items()),
         mean_error=float(errors.mean()),
         interval=statistics.bootstrap_mean(errors, seed=seed),
         n=len(errors),
     )
 
 
-def _cell(result: ShardResult) -> Cell:
-    wrong = ~_bits(result.correct)
-    share = _proportion(wrong)
+def _cell(name: str, severity: int, found: Outcomes, answers: Answers) -> Cell:
+    share = robustness.proportion(~found.correct(answers))
+    differ = comparison.differences([answers])
     return Cell(
-        corruption=result.shard.subject,
-        severity=result.shard.severity,
+        corruption=name,
+        severity=severity,
         error=share.accuracy,
         interval=share.interval,
         n=share.n,
-        disagreement=float((~_bits(result.agree)).mean()) if result.agree else None,
+        disagreement=None if differ is None else float(differ.mean()),
     )
 
 
 def _differential(
-    reference: Version, clean: ShardResult, corrupted: Sequence[ShardResult], *, seed: int
-) -> DifferentialReport:
-    share = _proportion(~_bits(clean.agree))
-    ours, theirs = _bits(clean.correct), _bits(clean.reference_correct)
-    extra: dict[str, Any] = {}
-    if corrupted:
-        differences = np.stack([~_bits(result.agree) for result in corrupted], axis=1)
-        extra["corrupted_disagreement"] = float(differences.mean())
-        extra["corrupted_interval"] = statistics.bootstrap_mean(differences, seed=seed)
-    return DifferentialReport(
-        reference=_engine(reference),
-        reference_accuracy=float(theirs.mean()),
-        p_value=statistics.mcnemar(int((ours & ~theirs).sum()), int((theirs & ~ours).sum())),
-        disagreement=share.accuracy,
-        interval=share.interval,
-        n=share.n,
-        **extra,
+    found: Outcomes,
+    reference: TargetReport | None,
+    *,
+    attacks: Sequence[str],
+    searches: Sequence[AttackReport],
+    seed: int,
+) -> DifferentialReport | None:
+    if reference is None or found.clean.reference is None:
+        return None
+    return comparison.report(found, reference=reference, attacks=attacks, searches=searches, seed=seed)
+
+
+def _calibration(found: Outcomes, *, attacks: Sequence[str], seed: int) -> CalibrationReport | None:
+    confidences = found.clean.confidences
+    if confidences is None:
+        return None
+    correct = found.correct(found.clean)
+    error = calibration.expected_calibration_error(confidences, correct, seed=seed)
+    changed = {"corruptions": list(found.corrupted.values())}
+    changed |= {name: [found.attacked[name].nearest] for name in attacks if name in found.attacked}
+    shifts = (_shift(on, several, found.clean, seed=seed) for on, several in changed.items())
+    return CalibrationReport(
+        ece=error.value,
+        interval=(error.low, error.high),
+        n=error.n,
+        bins=tuple(Bin(**each._asdict()) for each in calibration.reliability(confidences, correct)),
+        shifts=tuple(shift for shift in shifts if shift is not None),
     )
 
 
-def _gate(name: str, gate: Gate, report: Report) -> GateReport:
-    measured = _measured(gate, report)
+def _shift(on: str, several: Sequence[Answers], clean: Answers, *, seed: int) -> Shift | None:
+    """Return the shift of each image's mean confidence over several changes of it."""
+    known = [answers for answers in several if answers.confidences is not None]
+    if not known:
+        return None
+    rows = robustness.shared_rows([answers.rows for answers in (clean, *known)])
+    if len(rows) < _FEWEST:
+        return None
+    after = np.mean([_confidences(answers, rows) for answers in known], axis=0)
+    shift = calibration.confidence_shift(_confidences(clean, rows), after, seed=seed)
+    return Shift(on=on, shift=shift.value, interval=(shift.low, shift.high), n=shift.n)
+
+
+def _confidences(answers: Answers, rows: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    assert answers.confidences is not None
+    return answers.confidences[np.searchsorted(answers.rows, rows)]
+
+
+def _examples(
+    plan: Plan, found: Outcomes, kept: Sequence[Example], *, samples: Samples, class_names: Sequence[str]
+) -> tuple[ExampleReport, ...]:
+    attacks = {attack.id: attack for attack in adversarial(plan)}
+    chosen = examples.worst([each for each in kept if each.attack in attacks])
+    return tuple(
+        examples.describe(each, found, attack=attacks[each.attack], indices=samples.indices, class_names=class_names)
+        for each in chosen
+    )
+
+
+def _sequential(plan: Plan, stopping: Sequential | None, gates: Sequence[GateReport]) -> SequentialReport | None:
+    if stopping is None or plan.sequential is None:
+        return None
+    return SequentialReport(
+        error_rate=plan.sequential.error_rate,
+        decided=all(gate.outcome != "inconclusive" for gate in gates),
+        planned=stopping.savings.planned,
+        used=stopping.savings.used,
+        saved=stopping.savings.share,
+    )
+
+
+def _gates(plan: Plan, measures: Measures, stopping: Sequential | None, *, samples: int) -> tuple[GateReport, ...]:
+    """Report the gates; intervals that were looked at again and again are those of the sequential mode."""
+    looked = stopping.judgements() if stopping is not None else {}
+    return tuple(
+        _gate(name, gate, looked[name] if stopping is not None else gate.judge(measures, samples=samples))
+        for name, gate in plan.gates.items()
+    )
+
+
+def _gate(name: str, gate: Gate, judgement: Judgement) -> GateReport:
+    terms = tuple(map(_term, judgement.comparisons))
+    only: dict[str, Any] = {}
+    if len(terms) == 1:
+        only = {"value": terms[0].value, "interval": terms[0].interval, "n": terms[0].n}
     return GateReport(
-        name=name,
-        gate=gate.text,
-        value=measured.value,
-        interval=(measured.low, measured.high),
-        outcome=gate.judge(measured),
+        name=name, gate=gate.text, outcome=judgement.outcome, samples=judgement.samples, terms=terms, **only
     )
 
 
-def _measured(gate: Gate, report: Report) -> Measured:
-    """Return the number that a gate compares; that the plan measures it was checked when it was read."""
-    match gate.subject:
-        case "accuracy":
-            return Measured(report.clean.accuracy, *report.clean.interval)
-        case "worst_case":
-            assert report.worst_case is not None
-            return Measured(report.worst_case.accuracy, *report.worst_case.interval)
-        case "mean_error":
-            assert report.corruptions is not None
-            return Measured(report.corruptions.mean_error, *report.corruptions.interval)
-        case "disagreement":
-            assert report.differential is not None
-            return Measured(report.differential.disagreement, *report.differential.interval)
-    results = {(attack.id, result.epsilon): result for attack in report.attacks for result in attack.results}
-    result = results[gate.key]  # type: ignore[index]
-    return Measured(result.robust_accuracy, *result.interval)
+def _term(compared: Compared) -> TermReport:
+    number = compared.measured
+    interval: OpenInterval | None = None if number is None else (_finite(number.low), _finite(number.high))
+    return TermReport(
+        text=str(compared.comparison),
+        value=None if number is None else _finite(number.value),
+        interval=interval,
+        n=0 if number is None else number.n,
+        outcome=compared.outcome,
+        needed=compared.needed,
+    )
 
 
-def _verdict(gates: Sequence[GateReport], warnings: Sequence[Doubt]) -> Verdict:
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _verdict(gates: Sequence[GateReport], warnings: Sequence[Doubt], *, complete: bool) -> Verdict:
     outcomes = {gate.outcome for gate in gates}
     if "fail" in outcomes:
         return "fail"
-    if "inconclusive" in outcomes:
+    if "inconclusive" in outcomes or not complete:
         return "inconclusive"
     return "untrusted" if warnings else "pass"

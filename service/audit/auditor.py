@@ -1,6 +1,6 @@
 """The work of an audit, cut into shards whose results depend on the plan alone.
 
-    plan --shards--> [clean | attack x slice | corruption x severity] --Auditor.run--> ShardResult (JSON)
+    plan --shards--> [clean | checks | corruption x severity | slice x attack] --Auditor.run--> ShardResult (JSON)
 
 Boundaries are fixed by the plan and seeds belong to samples or shards, so it makes no difference in which
 process, or after how many crashes, a shard is run.
@@ -9,28 +9,38 @@ process, or after how many crashes, a shard is run.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from export import twin
-from export.engines import open_engine
 from export.engines.threads import budget
-from service.audit import attacks, corruptions, samples, targets
+from service.audit import corruptions, examples, probing, samples
+from service.audit.attack import catalogue, driver
+from service.audit.attack.pool import Pool
+from service.audit.attack.search import TOLERANCE
+from service.audit.attack_tables import epsilon_value
+from service.audit.gradient.choice import Gradients
+from service.audit.shard import Shard, ShardResult
+from service.audit.target import described
+from service.audit.target.engine import EngineTarget
+from service.audit.target.opening import open_target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Self
 
-    from torch import nn
+    from torch import Tensor
 
-    from export.engines.base import Images
+    from export.engines.base import Images, Logits
     from export.repository import Repository, Version
+    from service.audit.attack.search import Search
     from service.audit.plan import Attack, Plan
+    from service.audit.report import TargetReport
+    from service.audit.target.base import Target
+    from service.client import Tls
+    from service.client.connection import Token
 
 # Attacked images a shard: seconds of work, so that progress moves and a crash loses little.
 SLICE = 50
@@ -38,61 +48,19 @@ SLICE = 50
 # Pools of threads on one machine, the engine's and torch's: oversubscribed, both are many times slower.
 _POOLS = 2
 
+# Images among which attacks by decisions look for a start: near ones are rare, and each query is counted.
+_POOL = 1000
 
-class Shard(BaseModel):
-    """One piece of work; `name` is unique in the audit."""
+# Names of classes in one line of an error.
+_NAMES = 10
 
-    model_config = ConfigDict(frozen=True)
-
-    kind: Literal["clean", "attack", "corruption"]
-    subject: str = ""
-    severity: int = 0
-    start: int = 0
-    stop: int = 0
-
-    @property
-    def name(self) -> str:
-        """What a progress line says."""
-        match self.kind:
-            case "attack":
-                return f"{self.subject}, images {self.start + 1} to {self.stop}"
-            case "corruption":
-                return f"{self.subject}, severity {self.severity}"
-        return "clean images"
-
-
-class ShardResult(BaseModel):
-    """What a shard found; flags are strings of 0 and 1, one character an image, in the samples' order.
-
-    Attributes:
-        correct: the engine classifies the image (clean or corrupted) correctly.
-        agree: its top-1 class is the reference engine's; empty without one.
-        reference_correct: the reference engine classifies the image correctly; empty without one.
-        robust: epsilon -> correct and not fooled within it.
-        queries: images that the engine was asked about.
-        seconds: wall time.
-        zero_gradients: images at which the twin's loss has no gradient.
-        unstable: images whose top-1 class changes when the batch is sent again.
-        batch_dependent: images whose top-1 class differs alone and in a batch.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    shard: Shard
-    correct: str
-    agree: str = ""
-    reference_correct: str = ""
-    robust: dict[str, str] = {}
-    queries: int
-    seconds: float
-    zero_gradients: int = 0
-    unstable: int = 0
-    batch_dependent: int = 0
+# Decimals of a recorded probability: more than any interval resolves.
+_DECIMALS = 6
 
 
 def shards_of(plan: Plan, *, n: int) -> list[Shard]:
-    """Cut a plan over n images into shards, cheap ones first."""
-    shards = [Shard(kind="clean", stop=n)]
+    """Cut a plan over n images into shards: cheap ones first, then every attack on a slice before the next slice."""
+    shards = [Shard(kind="clean", stop=n), Shard(kind="checks", stop=min(plan.checks.samples, n))]
     if plan.corruptions is not None:
         shards += [
             Shard(kind="corruption", subject=name, severity=severity, stop=n)
@@ -101,8 +69,8 @@ def shards_of(plan: Plan, *, n: int) -> list[Shard]:
         ]
     shards += [
         Shard(kind="attack", subject=attack.id, start=start, stop=min(start + SLICE, n))
-        for attack in plan.attacks
         for start in range(0, n, SLICE)
+        for attack in plan.attacks
     ]
     return shards
 
@@ -115,44 +83,87 @@ def pin_threads() -> None:
 class Auditor:
     """A plan with everything open that its shards need; use it in a `with` block.
 
+    Attributes:
+        plan: what is done.
+        target: what is attacked, open.
+        samples: the plan's images.
+
     Raises:
+        ConnectionError: nobody answers at the endpoint.
         FileNotFoundError: model, reference or data are missing.
-        ValueError: an engine or a checkpoint is damaged, data and model do not fit, or a white-box attack has no
-            checkpoint to take gradients from.
+        ValueError: an engine or a checkpoint is damaged, data and model do not fit, or an attack has no source to take
+            gradients from.
     """
 
-    def __init__(self, plan: Plan, *, repository: Repository, device: str | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        repository: Repository | None,
+        device: str | None = None,
+        tls: Tls | None = None,
+        token: Token | None = None,
+    ) -> None:
         self.plan = plan
-        self.version = repository.find(plan.target.model, plan.target.version)
-        self.reference_version = _reference(plan, repository)
-        self.samples = samples.load(plan.data, class_names=self.version.manifest.class_names)
-        self._check_shape()
         self._attacks = {attack.id: attack for attack in plan.attacks}
-        module = _twin(plan, repository, self.version)
         self._open = ExitStack()
         with ExitStack() as opening:
-            self._target = opening.enter_context(_opened(self.version, device=device))
-            self._reference = None
+            self.target = opening.enter_context(
+                open_target(plan.target, repository=repository, device=device, tls=tls, token=token)
+            )
+            self.samples = _samples(plan, self.target)
+            for attack in plan.attacks:
+                catalogue.check(attack, classes=len(self.target.class_names), image_shape=self.target.image_shape)
+                _check_sendable(attack, step=self.target.domain.step)
+            _check_gates(plan, class_names=self.target.class_names)
+            self.version = _version(plan, repository)
+            self.reference_version = _reference(plan, repository)
+            self.reference = None
             if self.reference_version is not None:
-                self._reference = opening.enter_context(_opened(self.reference_version, device=device))
+                self.reference = opening.enter_context(EngineTarget.opened(self.reference_version, device=device))
+                self._check_reference(self.reference, self.reference_version)
+            self._pool = Pool(self.target, torch.from_numpy(self._inputs(slice(_POOL))))
+            self._gradients = Gradients(
+                plan,
+                version=self.version,
+                repository=repository,
+                target=self.target,
+                samples=self.samples,
+                reference=self.reference,
+                reference_version=self.reference_version,
+            )
             self._open = opening.pop_all()
-        self._model = targets.AttackModel(self._target, module)
 
     @property
     def shards(self) -> list[Shard]:
         """All the shards of the plan."""
         return shards_of(self.plan, n=len(self.samples))
 
+    @property
+    def described(self) -> TargetReport:
+        """The target, as a report names it."""
+        return described.target(self.target, self.version)
+
+    @property
+    def reference_described(self) -> TargetReport | None:
+        """The reference, as a report names it."""
+        if self.reference is None or self.reference_version is None:
+            return None
+        return described.engine(self.reference_version, self.reference)
+
     def run(self, shard: Shard) -> ShardResult:
-        """Run one shard."""
-        started = time.perf_counter()
-        before = self._target.queries
+        """Run one shard.
+
+        Raises:
+            TargetFailed: the target gave no answer, or one that is none.
+        """
+        started, before = time.perf_counter(), self._queries
         found = getattr(self, f"_run_{shard.kind}")(shard)
-        queries = self._target.queries - before
+        queries = self._queries - before
         return ShardResult(shard=shard, queries=queries, seconds=time.perf_counter() - started, **found)
 
     def close(self) -> None:
-        """Close the engines."""
+        """Close target and reference."""
         self._open.close()
 
     def __enter__(self) -> Self:
@@ -163,91 +174,174 @@ class Auditor:
     ) -> None:
         self.close()
 
+    def _check_reference(self, reference: Target, version: Version) -> None:
+        """Refuse a reference with which nothing can be compared."""
+        for what, own, other in (
+            ("classes", self.target.class_names, reference.class_names),
+            ("images of shape", self.target.image_shape, reference.image_shape),
+        ):
+            if own != other:
+                raise ValueError(
+                    f"differential.reference: expected the {what} of {self.target.name}, {_short(own)}, got "
+                    f"{_short(other)} of {reference.name}; compare models of one task"
+                )
+        if self.version is not None and self.version.manifest.sha256 == version.manifest.sha256:
+            raise ValueError(
+                f"differential.reference: expected another engine than the target, got {reference.name}, the same "
+                "file; compare with the engine that it was made from"
+            )
+
+    @property
+    def _queries(self) -> int:
+        """What the target was asked without the pool: its questions belong to the process, and to no shard."""
+        return self.target.queries - self._pool.queries
+
     def _run_clean(self, _shard: Shard) -> dict[str, Any]:
-        images = samples.as_input(self.samples.images)
-        first = self._target.predict(images)
-        alone = np.concatenate([self._target.predict(image[None]) for image in images])
+        return self._answered(self._inputs(slice(None)))
+
+    def _run_checks(self, shard: Shard) -> dict[str, Any]:
+        chosen = slice(shard.start, shard.stop)
         return {
-            **self._compared(first, images),
-            "unstable": int((self._target.predict(images) != first).sum()),
-            "batch_dependent": int((alone != first).sum()),
+            "probes": probing.probe(
+                target=self.target,
+                sources=self._gradients.of_checks,
+                attacks=self.plan.attacks,
+                images=torch.from_numpy(self._inputs(chosen)),
+                labels=torch.from_numpy(self.samples.labels[chosen]),
+                seed=self._seed("checks", 0, int(self.samples.indices[0])),
+            )
         }
 
     def _run_corruption(self, shard: Shard) -> dict[str, Any]:
-        seeds = np.array(
-            [
-                corruptions.image_seed(
-                    seed=self.plan.data.seed, index=int(index), name=shard.subject, severity=shard.severity
-                )
-                for index in self.samples.indices
-            ],
-            dtype=np.int64,
+        seeds = [self._seed(shard.subject, shard.severity, int(index)) for index in self.samples.indices]
+        corrupted = corruptions.corrupt(
+            self.samples.images, name=shard.subject, severity=shard.severity, seeds=np.array(seeds, dtype=np.int64)
         )
-        corrupted = corruptions.corrupt(self.samples.images, name=shard.subject, severity=shard.severity, seeds=seeds)
-        images = samples.as_input(corrupted)
-        return self._compared(self._target.predict(images), images)
+        return self._answered(samples.as_input(corrupted))
 
     def _run_attack(self, shard: Shard) -> dict[str, Any]:
         attack = self._attacks[shard.subject]
         chosen = slice(shard.start, shard.stop)
-        images, labels = samples.as_input(self.samples.images[chosen]), self.samples.labels[chosen]
-        seed = corruptions.image_seed(
-            seed=self.plan.data.seed, index=int(self.samples.indices[shard.start]), name=attack.id, severity=0
+        search, reference = driver.search_of(
+            attack,
+            self.target,
+            torch.from_numpy(self._inputs(chosen)),
+            torch.from_numpy(self.samples.labels[chosen]),
+            reference=self.reference,
+            reference_source=self._gradients.of_reference,
         )
-        pool = samples.as_input(self.samples.images)
-        outcome = attacks.run(attack, model=self._model, images=images, labels=labels, pool=pool, seed=seed)
-        found: dict[str, Any] = {
-            "correct": _flags(outcome.correct),
-            "robust": {epsilon: _flags(robust) for epsilon, robust in outcome.robust.items()},
+        sources = self._gradients.of(attack)
+        parts = driver.run(
+            attack,
+            search,
+            sources=sources,
+            generator_seed=self._seed(attack.id, 0, int(self.samples.indices[shard.start])),
+            pool=self._pool,
+            surrogates=self._gradients.surrogates,
+            reference=reference,
+        )
+        return {
+            **self._found(search, attack=attack.id),
+            "by_part": {name: _distances(distances) for name, distances in parts.items()},
+            "agreement": {source.name: source.agreement for source in sources},
+            "examples": examples.nearest(
+                attack=attack.id,
+                start=shard.start,
+                clean=search.images.numpy(),
+                adversarial=search.adversarial.numpy(),
+                distances=search.distances.numpy(),
+            ),
         }
-        if attack.access == "white-box":
-            assert self._model.twin is not None
-            flat = targets.zero_gradients(self._model.twin, torch.from_numpy(images), torch.from_numpy(labels))
-            found["zero_gradients"] = int(flat.sum())
+
+    def _found(self, search: Search, *, attack: str) -> dict[str, Any]:
+        answers = self.target(search.adversarial.numpy())
+        found = {
+            "distances": _distances(search.distances),
+            "asked": tuple(search.queries.tolist()),
+            "first_success": tuple(search.first_success.tolist()),
+            "adversarial_predictions": tuple(answers.argmax(axis=1).tolist()),
+            "adversarial_confidences": _confidences(answers),
+            "budget_spent": search.spent,
+        }
+        unrounded = driver.unrounded(self._attacks[attack], search)
+        if unrounded is not None:
+            found["unrounded"] = _distances(unrounded)
+        if self._attacks[attack].budget is not None:
+            found["halfway"] = _distances(search.halfway)
+        if self.reference is not None:
+            found["reference_adversarial"] = tuple(self.reference.predict(search.adversarial.numpy()).tolist())
         return found
 
-    def _compared(self, predictions: np.ndarray[Any, Any], images: Images) -> dict[str, Any]:
-        found = {"correct": _flags(predictions == self.samples.labels)}
-        if self._reference is not None:
-            others = self._reference.predict(images)
-            found["agree"] = _flags(predictions == others)
-            found["reference_correct"] = _flags(others == self.samples.labels)
+    def _answered(self, images: Images) -> dict[str, Any]:
+        answers = self.target(images)
+        found = {"predictions": tuple(answers.argmax(axis=1).tolist()), "confidences": _confidences(answers)}
+        if self.reference is not None:
+            found["reference_predictions"] = tuple(self.reference.predict(images).tolist())
         return found
 
-    def _check_shape(self) -> None:
-        channels, height, width = self.version.manifest.image_shape
-        if (actual := self.samples.images.shape[1:]) != (height, width, channels):
+    def _inputs(self, chosen: slice) -> Images:
+        return samples.as_input(self.samples.images[chosen])
+
+    def _seed(self, name: str, severity: int, index: int) -> int:
+        return corruptions.image_seed(seed=self.plan.data.seed, index=index, name=name, severity=severity)
+
+
+def _short(names: tuple[object, ...]) -> str:
+    """Return the first few of many for one line."""
+    more = ", ..." if len(names) > _NAMES else ""
+    return ", ".join(map(str, names[:_NAMES])) + more
+
+
+def _check_sendable(attack: Attack, *, step: float) -> None:
+    """Refuse an epsilon within which nothing but the image itself can be sent: all would be robust."""
+    for epsilon in attack.epsilons:
+        if attack.norm == "linf" and epsilon_value(epsilon) < step - TOLERANCE:
             raise ValueError(
-                f"the images are {actual[1]} x {actual[0]}, and {self.version} takes {width} x {height}; resize them, "
-                "or give data.size"
+                f"attacks.{attack.id}: epsilons: expected at least 1/255, a grey level, since the target is sent 8-bit "
+                f"images, got {epsilon}; raise it"
             )
 
 
-def _reference(plan: Plan, repository: Repository) -> Version | None:
+def _check_gates(plan: Plan, *, class_names: tuple[str, ...]) -> None:
+    """Refuse a gate on a class that the target does not know."""
+    known = {(attack.id, epsilon) for attack in plan.attacks for epsilon in attack.epsilons}
+    for name, gate in plan.gates.items():
+        gate.check_subject(
+            name,
+            known,
+            corruptions=plan.corruptions is not None,
+            reference=plan.differential is not None,
+            class_names=class_names,
+        )
+
+
+def _samples(plan: Plan, target: Any) -> samples.Samples:
+    extra = {}
+    if isinstance(target, EngineTarget):
+        extra["preprocessing"] = target.engine.manifest.preprocessing
+    return samples.load(plan.data, class_names=target.class_names, image_shape=target.image_shape, **extra)
+
+
+def _version(plan: Plan, repository: Repository | None) -> Version | None:
+    """Return the version in the repository that is attacked; None for an endpoint's."""
+    if plan.target.endpoint is not None:
+        return None
+    assert repository is not None
+    return repository.find(plan.target.model, plan.target.version)
+
+
+def _reference(plan: Plan, repository: Repository | None) -> Version | None:
     if plan.differential is None:
         return None
+    if repository is None:
+        raise ValueError("differential: expected a model repository with the reference in it, got none; give one")
     return repository.find(plan.differential.reference, plan.differential.version)
 
 
-@contextmanager
-def _opened(version: Version, *, device: str | None) -> Iterator[targets.EngineTarget]:
-    with open_engine(version.folder, device=device, instances=_POOLS) as engine:
-        yield targets.EngineTarget(engine)
+def _distances(found: Tensor) -> tuple[float | None, ...]:
+    return tuple(None if np.isinf(size) else float(size) for size in found.tolist())
 
 
-def _twin(plan: Plan, repository: Repository, version: Version) -> nn.Module | None:
-    """Load the PyTorch model if an attack wants gradients: frozen, or Foolbox would differentiate its parameters."""
-    wanting: list[Attack] = [attack for attack in plan.attacks if attack.access == "white-box"]
-    if not wanting:
-        return None
-    module = twin.load(version, repository=repository)
-    if module is None:
-        raise ValueError(
-            f"attacks.{wanting[0].id}: a white-box attack needs gradients, and {version} has no PyTorch checkpoint; "
-            "export it from a training run, or use a decision-based attack"
-        )
-    return module.requires_grad_(requires_grad=False)
-
-
-def _flags(values: np.ndarray[Any, Any]) -> str:
-    return "".join("01"[bool(value)] for value in values)
+def _confidences(answers: Logits) -> tuple[float, ...]:
+    top = torch.from_numpy(answers).double().softmax(dim=1).amax(dim=1)
+    return tuple(round(value, _DECIMALS) for value in top.tolist())

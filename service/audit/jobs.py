@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
 
-from service.audit import assembly, provenance
-from service.audit.auditor import Auditor, Shard, ShardResult, pin_threads
+from service.audit import provenance
+from service.audit.auditor import Auditor, pin_threads
 from service.audit.journal import APPLICATION, FORMAT, PROGRESS, QUEUE, WORKFLOW
 from service.audit.plan import Plan
+from service.audit.run import Progressing, finish
+from service.audit.shard import Shard, ShardResult
+from service.audit.target.base import TargetFailed
 
 if TYPE_CHECKING:
     from export.repository import Repository
@@ -98,6 +101,7 @@ class _NoCancellations(logging.Filter):
 @DBOS.workflow(name=WORKFLOW)
 def audit(plan: str) -> str:
     """Run an audit and return its verdict."""
+    early = Plan.model_validate_json(plan).sequential is not None
     try:
         shards = list_shards(plan)
         _progress(0, len(shards), "started")
@@ -105,6 +109,8 @@ def audit(plan: str) -> str:
         for done, shard in enumerate(shards, start=1):
             results.append(run_shard(plan, shard))
             _progress(done, len(shards), Shard.model_validate(shard).name)
+            if results[-1]["error"] or (early and decided(plan, results)):
+                break
         return write_report(plan, results)
     finally:
         _here().close()
@@ -123,22 +129,45 @@ def run_shard(plan: str, shard: dict[str, Any]) -> dict[str, Any]:
     piece = Shard.model_validate(shard)
     with _here().turn:
         logger.info("audit %s: begins %s", _id(), piece.name)
-        result = _here().auditor(plan).run(piece)
+        try:
+            result = _here().auditor(plan).run(piece)
+        except TargetFailed as failure:
+            if piece.kind == "clean":  # nothing to report
+                raise
+            logger.warning("audit %s: %s: %s", _id(), piece.name, failure)
+            return {"result": None, "worker": provenance.worker(), "error": f"{piece.name}: {failure}"}
         logger.info("audit %s: finished %s in %.2f s", _id(), piece.name, result.seconds)
-    return {"result": result.model_dump(), "worker": provenance.worker()}
+    return {"result": result.model_dump(mode="json"), "worker": provenance.worker(), "error": ""}
+
+
+@DBOS.step()
+def decided(plan: str, recorded: list[dict[str, Any]]) -> bool:
+    """Return whether all gates of a plan that may stop early are decided."""
+    with _here().turn:
+        results = [ShardResult.model_validate(entry["result"]) for entry in recorded]
+        return Progressing(_here().auditor(plan)).replay(results)
 
 
 @DBOS.step()
 def write_report(plan: str, recorded: list[dict[str, Any]]) -> str:
     """Assemble the report and store it."""
     worker, audit_id = _here(), _id()
-    results = [ShardResult.model_validate(entry["result"]) for entry in recorded]
-    workers = [entry["worker"] for entry in recorded]
-    origin = provenance.record(results, workers=workers, audit=audit_id)
+    measured = [entry for entry in recorded if entry["result"] is not None]
+    results = [ShardResult.model_validate(entry["result"]) for entry in measured]
     with worker.turn:
-        assembled = assembly.assemble(worker.auditor(plan), results, provenance=origin)
-    worker.state.write_report(audit_id, assembled.to_json())
-    return assembled.verdict
+        auditor = worker.auditor(plan)
+        progressing = Progressing(auditor)
+        progressing.replay(results)
+        finished = finish(
+            auditor,
+            results,
+            workers=[entry["worker"] for entry in measured],
+            stopping=progressing.stopping,
+            error=recorded[-1]["error"],
+            audit=audit_id,
+        )
+    worker.state.write_report(audit_id, finished.report.to_json(), files=finished.files)
+    return finished.report.verdict
 
 
 def _progress(done: int, total: int, message: str) -> None:

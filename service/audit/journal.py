@@ -29,7 +29,7 @@ WORKFLOW = "audit"
 PROGRESS = "progress"
 
 # Of the recorded shards, not of the product: workers go on with audits of their own format only.
-FORMAT = "1"
+FORMAT = "2"
 
 _POLL_SECONDS = 0.1
 

@@ -7,65 +7,100 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from export.manifest import checked_name
+from export.mapping import Mapping
+from service.audit.attack_tables import (
+    Attack,
+    Table,
+    epsilon_value,
+    unique,
+)
 from service.audit.gates import Gate
 from service.decoding import decode, read_text
+
+__all__ = [
+    "CORRUPTIONS",
+    "Attack",
+    "Checks",
+    "CorruptionName",
+    "Corruptions",
+    "Data",
+    "Differential",
+    "Plan",
+    "Sequential",
+    "Target",
+    "epsilon_value",
+    "parse",
+    "pinned",
+    "read",
+    "to_toml",
+]
 
 # The corruptions that service.audit.corruptions implements, by their published names.
 CorruptionName = Literal["gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_compression"]
 CORRUPTIONS: tuple[CorruptionName, ...] = get_args(CorruptionName)
 
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 # Pixels a side, as in a training recipe.
 _SMALLEST_SIZE, _LARGEST_SIZE = 8, 4096
-
-# Short numbers only: an exact fraction of 1e99999999 would take for ever.
-_EPSILON = re.compile(r"\d{1,6}(\.\d{1,12})?(e-\d{1,2})?(/[1-9]\d{0,6})?")
-
-
-def _epsilon_text(value: Any) -> str:
-    text = str(value)
-    if not _EPSILON.fullmatch(text):
-        raise ValueError(f"expected a number or a fraction such as '8/255', got {text!r}")
-    if epsilon_value(text) <= 0:
-        raise ValueError(f"expected an epsilon above 0, in input units, got {text!r}")
-    return text
-
-
-def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if repeated := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"expected each value once, got {repeated[0]!r} twice; remove one")
-    return values
-
-
-# An epsilon keeps the form in which it was written: it is a key of the report.
-Epsilon = Annotated[str, BeforeValidator(_epsilon_text)]
-
-
-def epsilon_value(epsilon: str) -> float:
-    """Return the size of an epsilon in input units."""
-    number, _, divisor = epsilon.partition("/")
-    return float(number) / float(divisor or 1)
-
 
 Severity = Annotated[int, Field(ge=1, le=5)]
 
 
-class Target(_Table):
-    """What is attacked: a version in a model repository, the latest if none is named."""
+# HOST:PORT, where a host may be an IPv6 address in brackets; the client says what it makes of it.
+_ENDPOINT = r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}$"
+_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[A-Za-z0-9._-]{1,128})?")
+
+
+def _twin(value: Any) -> Any:
+    text = str(value)
+    if not text.endswith(".onnx") and not _REFERENCE.fullmatch(text):
+        raise ValueError(f"expected 'MODEL', 'MODEL@VERSION' or the path of an .onnx file, got {text!r}")
+    return value
+
+
+def _listed(table: Any) -> Any:
+    """Return a table with tuples for TOML's arrays, as the mapping's strict decoding wants them."""
+    if not isinstance(table, dict):
+        return table
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+class Target(Table):
+    """What is attacked: a version in a model repository, the latest if none is named; or a model at an endpoint.
+
+    Attributes:
+        model: its name, in the repository or at the endpoint.
+        version: which; the latest, or the endpoint's choice, if None.
+        repository: folder or URL.
+        endpoint: HOST:PORT of any gRPC server of the Open Inference Protocol.
+        labels: names of the endpoint's classes in the order of its scores, if it does not tell them.
+        input: what can be sent; "auto" looks at the manifest or the endpoint's metadata.
+        mapping: how images of ours become the endpoint's (`export.mapping`).
+        twin: whose gradients attack an endpoint: a model of the repository, or an .onnx file.
+    """
 
     model: Annotated[str, BeforeValidator(checked_name)]
     version: int | None = Field(default=None, ge=1)
     repository: str | None = Field(default=None, min_length=1)
+    endpoint: str | None = Field(default=None, pattern=_ENDPOINT)
+    labels: Annotated[tuple[str, ...], AfterValidator(unique)] = ()
+    input: Literal["auto", "float32", "uint8"] = "auto"
+    mapping: Annotated[Mapping, BeforeValidator(_listed)] | None = None
+    twin: Annotated[str, BeforeValidator(_twin)] | None = None
+
+    @model_validator(mode="after")
+    def _of_an_endpoint(self) -> Self:
+        given = [key for key in ("labels", "mapping", "twin") if getattr(self, key)]
+        if given and self.endpoint is None:
+            raise ValueError(
+                f"expected {given[0]!r} beside 'endpoint', as a model of the repository says so itself; leave it out"
+            )
+        return self
 
 
-class Data(_Table):
+class Data(Table):
     """Which images: a named data set's split, or a folder of class folders; stratified, seeded.
 
     With `size`, images of files are resized and cropped at the centre to that many pixels a side.
@@ -76,7 +111,7 @@ class Data(_Table):
     root: Path | None = None
     folder: Path | None = None
     size: int | None = Field(default=None, ge=_SMALLEST_SIZE, le=_LARGEST_SIZE)
-    samples: int = Field(default=1000, ge=2)
+    samples: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -88,74 +123,34 @@ class Data(_Table):
         return self
 
 
-class _Attack(_Table):
-    name: str
-    id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
-    epsilons: Annotated[tuple[Epsilon, ...], AfterValidator(_unique)] = Field(min_length=1)
-
-    @property
-    def norm(self) -> Literal["linf", "l2"]:
-        """The norm in which the attack's epsilons are measured."""
-        return "l2" if self.name.startswith("L2") or self.name == "BoundaryAttack" else "linf"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_id(cls, table: dict[str, Any]) -> dict[str, Any]:
-        return {"id": table.get("name", ""), **table} if isinstance(table, dict) else table
-
-
-class SingleStepAttack(_Attack):
-    """One gradient step (Goodfellow et al., 2015)."""
-
-    name: Literal["FGSM"]
-    access: Literal["white-box"] = "white-box"
-    gradients: Literal["auto", "checkpoint"] = "auto"
-
-
-class GradientAttack(_Attack):
-    """Projected gradient descent from a random start (Madry et al., 2018)."""
-
-    name: Literal["LinfPGD", "L2PGD"]
-    access: Literal["white-box"] = "white-box"
-    gradients: Literal["auto", "checkpoint"] = "auto"
-    steps: int = Field(default=40, ge=1, le=10_000)
-
-
-class DecisionAttack(_Attack):
-    """Boundary attack (Brendel et al., 2018): top-1 answers of the engine are all that it sees."""
-
-    name: Literal["BoundaryAttack"]
-    access: Literal["decision"] = "decision"
-    steps: int = Field(default=1000, ge=1, le=100_000)
-
-
-class NoiseAttack(_Attack):
-    """Random noise, `repeats` draws an image: what no adversary is needed for."""
-
-    name: Literal["LinfUniformNoise", "L2GaussianNoise"]
-    access: Literal["decision"] = "decision"
-    repeats: int = Field(default=100, ge=1, le=100_000)
-
-
-Attack = Annotated[SingleStepAttack | GradientAttack | DecisionAttack | NoiseAttack, Field(discriminator="name")]
-
-
-class Corruptions(_Table):
+class Corruptions(Table):
     """Which corruptions at which severities."""
 
     suite: Literal["cifar"] = "cifar"
-    names: Annotated[tuple[CorruptionName, ...], AfterValidator(_unique)] = Field(default=CORRUPTIONS, min_length=1)
-    severities: Annotated[tuple[Severity, ...], AfterValidator(_unique)] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    names: Annotated[tuple[CorruptionName, ...], AfterValidator(unique)] = Field(default=CORRUPTIONS, min_length=1)
+    severities: Annotated[tuple[Severity, ...], AfterValidator(unique)] = Field(default=(1, 2, 3, 4, 5), min_length=1)
 
 
-class Differential(_Table):
+class Differential(Table):
     """A second engine, whose answers are compared on every clean and every corrupted image."""
 
     reference: Annotated[str, BeforeValidator(checked_name)]
     version: int | None = Field(default=None, ge=1)
 
 
-class Plan(_Table):
+class Checks(Table):
+    """How many images the reliability checks look at; all if there are fewer."""
+
+    samples: int = Field(default=100, ge=1)
+
+
+class Sequential(Table):
+    """Stop as soon as every gate is decided, any of them wrongly with at most this probability."""
+
+    error_rate: float = Field(default=0.05, gt=0, le=0.5)
+
+
+class Plan(Table):
     """A whole audit."""
 
     target: Target
@@ -163,13 +158,35 @@ class Plan(_Table):
     attacks: tuple[Attack, ...] = ()
     corruptions: Corruptions | None = None
     differential: Differential | None = None
-    gates: dict[str, Gate] = {}
+    gates: dict[str, Gate] = Field(default_factory=dict)
+    checks: Checks = Checks()
+    sequential: Sequential | None = None
 
     @model_validator(mode="after")
     def _unique_ids(self) -> Self:
         ids = [attack.id for attack in self.attacks]
         if repeated := sorted({name for name in ids if ids.count(name) > 1}):
             raise ValueError(f"attacks: expected unique ids, got {repeated[0]!r} twice; give each attack an 'id'")
+        return self
+
+    @model_validator(mode="after")
+    def _attacks_have_what_they_need(self) -> Self:
+        bare = self.target.endpoint is not None and self.target.twin is None
+        for attack in self.attacks:
+            if bare and attack.access == "white-box":
+                raise ValueError(
+                    f"attacks.{attack.id}: a white-box attack needs gradients, and an endpoint gives none; add "
+                    "target.twin, or take an attack by scores or decisions"
+                )
+            if attack.name == "Disagreement" and self.differential is None:
+                raise ValueError(f"attacks.{attack.id}: Disagreement needs a second engine; add a [differential] table")
+        if self.sequential is not None and not self.gates:
+            raise ValueError("sequential: expected gates, which say when to stop, found none; add a [gates] table")
+        if self.sequential is not None and not self.attacks:
+            raise ValueError(
+                "sequential: expected an attack, after whose slices the gates are looked at, found none; add an "
+                "[[attacks]] table, or leave [sequential] out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -192,7 +209,7 @@ def parse(text: str, *, source: str = "plan") -> Plan:
 
 
 def read(path: Path) -> Plan:
-    """Read a plan from a file; a relative folder or root in it is relative to the file.
+    """Read a plan from a file; a relative folder, root or .onnx twin in it is relative to the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -203,7 +220,10 @@ def read(path: Path) -> Plan:
     plan = parse(read_text(path), source=str(path))
     places = {"folder": plan.data.folder, "root": plan.data.root}
     found = {key: (path.parent / place).resolve() for key, place in places.items() if place is not None}
-    return plan.model_copy(update={"data": plan.data.model_copy(update=found)})
+    target = plan.target
+    if target.twin is not None and target.twin.endswith(".onnx"):
+        target = target.model_copy(update={"twin": str((path.parent / target.twin).resolve())})
+    return plan.model_copy(update={"data": plan.data.model_copy(update=found), "target": target})
 
 
 def to_toml(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from service.version import VERSION
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.audit.auditor import ShardResult
+    from service.audit.shard import ShardResult
 
 
 def worker() -> str:

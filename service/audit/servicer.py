@@ -97,6 +97,11 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
                     f"plan: data.{place}: this server listens beyond its own machine and reads no folders for others; "
                     "name a data set that needs none"
                 )
+            if plan.target.endpoint is not None:
+                raise InvalidArgument(
+                    "plan: target.endpoint: this server audits the models of its own repository alone; run the plan by "
+                    "`tenet audit run`"
+                )
             target = self._repository.find(plan.target.model, plan.target.version).manifest
             reference_version = None
             if plan.differential is not None:

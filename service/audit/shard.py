@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from service.audit.examples import Example
+
 Kind = Literal["clean", "corruption", "attack", "checks"]
 # The smallest perturbation that fooled the target: 0 where none is needed, None where none was found.
 Distances = tuple[float | None, ...]
@@ -51,7 +53,7 @@ class Probe(BaseModel):
 
     Attributes:
         code: of the check.
-        attack: whose numbers it is about; empty if it is about the target.
+        attack: whose numbers it is about, or which source of gradients; empty if it is about the target.
         count: images that speak against the target or the attack.
         n: images looked at.
         details: other numbers that the explanation needs, by name.
@@ -77,7 +79,9 @@ class ShardResult(BaseModel):
         confidences: the softmax probability of the top-1 class, 6 decimals.
         reference_predictions: the reference engine's; () without one.
         distances: attack: in the norm of the attack.
-        unrounded: as distances, of results that were not rounded to what can be sent; () where nothing is rounded.
+        unrounded: as distances, of results that were not rounded to what can be sent; () where nothing is rounded, or
+            nothing could decide.
+        halfway: as distances, when half of an image's budget was asked; () without a budget.
         by_part: distances of each gradient source, or of each attack of a suite, by its name.
         agreement: gradient source -> share of the shard's clean images that it classifies as the target does.
         asked: attack: queries by image.
@@ -87,6 +91,7 @@ class ShardResult(BaseModel):
         reference_adversarial: the reference engine's classes of these; () without one.
         probes: what the sanity checks measured.
         budget_spent: attack: images whose queries were used up.
+        examples: attack: the nearest adversarial images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,6 +104,7 @@ class ShardResult(BaseModel):
     reference_predictions: tuple[int, ...] = ()
     distances: Distances = ()
     unrounded: Distances = ()
+    halfway: Distances = ()
     by_part: dict[str, Distances] = {}
     agreement: dict[str, float] = {}
     asked: tuple[int, ...] = ()
@@ -108,3 +114,4 @@ class ShardResult(BaseModel):
     reference_adversarial: tuple[int, ...] = ()
     probes: tuple[Probe, ...] = ()
     budget_spent: int = 0
+    examples: tuple[Example, ...] = ()

@@ -2,6 +2,7 @@
 
 <state>/audits.sqlite        DBOS's database: submitted audits, their shards' results, their progress
 <state>/reports/<id>.json    the reports
+<state>/reports/<id>/        all files of an audit (service.audit.artifacts)
 <state>/work.lock, up.lock   held by the process that works, or runs everything, on this folder
 """
 
@@ -32,8 +33,12 @@ class State:
         """The job database, as SQLAlchemy names it."""
         return f"sqlite:///{self.folder / 'audits.sqlite'}"
 
-    def write_report(self, audit: str, content: str) -> None:
-        """Store a report: all of it or nothing."""
+    def write_report(self, audit: str, content: str, *, files: dict[str, bytes]) -> None:
+        """Store a report, after the files that belong to it: each whole or not at all."""
+        for name, data in files.items():
+            path = self.reports / audit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(path, data)
         atomic.write(self.reports / f"{audit}.json", content.encode())
 
     def read_report(self, audit: str) -> str | None:

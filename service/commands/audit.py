@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,20 @@ import typer
 
 from export.console import complain, console, print_table, progress
 from protos.audit.v1 import audit_pb2
-from service.commands.connection import Connection, connected
+from service.commands.connection import (
+    CaOption,
+    CertOption,
+    Connection,
+    KeyOption,
+    TokenFileOption,
+    connected,
+)
 
 if TYPE_CHECKING:
     from export.repository import Repository
     from service.audit.plan import Plan
     from service.audit.report import Report
+    from service.audit.run import Finished
     from service.client import Client
 
 FAILED = 1
@@ -43,6 +52,7 @@ def register(app: typer.Typer) -> None:
 
 def run(
     plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")],
+    *,
     repository: Annotated[
         str | None, typer.Option(help="The model repository; overrides the plan's target.repository.")
     ] = None,
@@ -51,21 +61,39 @@ def run(
     ] = None,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write report, page, outcomes of every image and the worst examples into this folder."),
+    ] = None,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
 ) -> None:
-    """Run an audit in this process; exit code 1 if a gate fails."""
+    """Run an audit in this process; exit code 1 if a gate fails, or the target fails on the way."""
     from export.repository import open_repository
     from service.audit import plan as plans
 
     parsed = plans.read(plan)
     place = repository or _relative(parsed, plan)
     # An audit may take hours: that there is no place for its report must be known before.
-    for file in (json_file, html_file):
+    for option, file in (("--json", json_file), ("--html", html_file), ("--out", out and out / "report.json")):
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    finished = _run_here(parsed, open_repository(place), device=device)
-    show_reports([finished])
-    _write(finished.to_json(), json_file, html_file)
-    _exit_by(finished)
+            _check_writable(option, file)
+    finished = _run_here(
+        parsed,
+        None if place is None else open_repository(place),
+        device=device,
+        connection=Connection(token_file=token_file, ca=ca, cert=cert, key=key),
+    )
+    show_reports([finished.report])
+    _write(finished.report.to_json(), json_file, html_file)
+    if out is not None:
+        finished.write(out)
+    if not finished.report.complete:
+        complain(f"the audit is not complete: {finished.report.error}")
+        raise typer.Exit(FAILED)
+    _exit_by(finished.report)
 
 
 def submit(plan: Annotated[Path, typer.Argument(help="The audit plan, TOML.")], connection: Connection) -> None:
@@ -121,13 +149,13 @@ def report(
     audit_id: IdArgument, connection: Connection, json_file: JsonFile = None, html_file: HtmlFile = None
 ) -> None:
     """Fetch an audit's report: to files, or as a table."""
-    from service.audit.report import Report
+    from service.audit import report as reports
 
     with connection.client() as client:
         content = client.audit_report(audit_id).decode()
     _write(content, json_file, html_file)
     if json_file is None and html_file is None:
-        show_reports([Report.model_validate_json(content)])
+        show_reports([reports.parse(content)])
 
 
 def cancel(audit_id: IdArgument, connection: Connection) -> None:
@@ -148,9 +176,9 @@ def follow(client: Client, audits: list[str]) -> None:
 
 def finished_report(client: Client, audit_id: str) -> Report:
     """Return the report of an audit that has ended; raises what the server says if it has none."""
-    from service.audit.report import Report
+    from service.audit import report as reports
 
-    return Report.model_validate_json(client.audit_report(audit_id))
+    return reports.parse(client.audit_report(audit_id).decode())
 
 
 def show_reports(reports: list[Report]) -> None:
@@ -159,12 +187,14 @@ def show_reports(reports: list[Report]) -> None:
 
     print_table(*summary.table(reports))
     for finished in reports:
-        name = f"{finished.target.model}@{finished.target.version}"
+        name = finished.target.title
         for warning in finished.warnings:
             console.print(f"{name}: {warning.code}: {warning.explanation}", soft_wrap=True, markup=False)
+        if finished.not_checked:
+            line = f"{name}: not checked: {', '.join(finished.not_checked)}"
+            console.print(line, soft_wrap=True, markup=False)
         for gate in finished.gates:
-            measured = summary.with_interval(gate.value, gate.interval)
-            line = f"{name}: gate {gate.name}: {gate.outcome}: {gate.gate}, measured {measured}"
+            line = f"{name}: gate {gate.name}: {gate.outcome}: {gate.gate}, measured {summary.measured(gate)}"
             console.print(line, soft_wrap=True, markup=False)
 
 
@@ -176,23 +206,25 @@ def write_page(reports: list[Report], path: Path) -> None:
     atomic.write(path, page.render([finished.to_json() for finished in reports]).encode())
 
 
-def _run_here(plan: Plan, repository: Repository, *, device: str | None) -> Report:
-    from service.audit import assembly, auditor, provenance
+def _run_here(plan: Plan, repository: Repository | None, *, device: str | None, connection: Connection) -> Finished:
+    from service.audit import run as runs
 
-    auditor.pin_threads()
-    with auditor.Auditor(plan, repository=repository, device=device) as work:
-        shards, results = work.shards, []
-        with progress(f"audit of {work.version}", total=len(shards)) as tick:
-            for done, shard in enumerate(shards, start=1):
-                results.append(work.run(shard))
-                tick(done, shard.name)
-        origin = provenance.record(results, workers=[provenance.worker()] * len(results))
-        return assembly.assemble(work, results, provenance=origin)
+    with progress(f"audit of {plan.target.model}", total=None) as tick:
+        return runs.run(
+            plan,
+            repository=repository,
+            device=device,
+            tls=connection.tls(),
+            token=connection.token(),
+            progress=lambda done, total, name: tick(done, name, total=total),
+        )
 
 
-def _relative(plan: Plan, path: Path) -> str | Path:
+def _relative(plan: Plan, path: Path) -> str | Path | None:
     """Return the repository that a plan names: a URL, or a folder as seen from the plan's own."""
     repository = plan.target.repository
+    if repository is None and plan.target.endpoint is not None:
+        return None
     if repository is None:
         raise ValueError(f"{path}: target.repository: expected a folder, found none; add it, or give --repository")
     return repository if "://" in repository else path.parent / repository
@@ -204,9 +236,28 @@ def _write(content: str, json_file: Path | None, html_file: Path | None) -> None
     if json_file is not None:
         atomic.write(json_file, content.encode())
     if html_file is not None:
-        from service.audit.report import Report
+        from service.audit import report as reports
 
-        write_page([Report.model_validate_json(content)], html_file)
+        write_page([reports.parse(content)], html_file)
+
+
+def _check_writable(option: str, file: Path) -> None:
+    """Make the folder of a file, and see that files can be written there.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    if file.is_dir():
+        raise ValueError(f"{option}: expected a file, got the folder {file}; name a file in it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"{option}: expected a folder that can be written, got {file.parent} ({reason}); choose another"
+        ) from None
 
 
 def _exit_by(finished: Report) -> None:

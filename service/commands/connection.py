@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from service.client import Client, Tls
+    from service.client.connection import Token
 
 # Instead of a file: what everybody's browser trusts.
 _PUBLIC = "public"
@@ -46,7 +47,7 @@ KeyOption = Annotated[Path | None, typer.Option("--key", envvar="TENET_KEY", hel
 class Connection:
     """What the options say."""
 
-    server: str
+    server: str = ""
     token_file: Path | None = None
     ca: str | None = None
     cert: Path | None = None
@@ -61,13 +62,18 @@ class Connection:
         """
         from service.client import Client
 
-        # Each call reads the token again: whoever issues tokens for a short time replaces the file.
-        token = None if self.token_file is None else self._token
-        if token is not None:
-            token()
-        return Client(self.server, tls=self._tls(), token=token)
+        return Client(self.server, tls=self.tls(), token=self.token())
 
-    def _tls(self) -> Tls | None:
+    def token(self) -> Token | None:
+        """Return what gives the bearer token, None without a file; raises as `client`."""
+        if self.token_file is None:
+            return None
+        # Each call reads the token again: whoever issues tokens for a short time replaces the file.
+        self._token()
+        return self._token
+
+    def tls(self) -> Tls | None:
+        """Return the certificates, None where nothing is to be encrypted; raises as `client`."""
         from service.client import Tls
 
         if self.ca is None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from service.audit.target.domain import within
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,6 +30,9 @@ Norm = Literal["linf", "l2", "l1", "l0"]
 
 # A perturbation may exceed its epsilon by float32's rounding, no more.
 TOLERANCE = 1e-6
+
+# Candidates whose sizes are computed at once: few enough that what is computed stays in the processor's cache.
+_MEASURED = 32
 
 
 class BudgetSpent(Exception):  # noqa: N818 - the search's ordinary end, not a failure
@@ -45,8 +50,10 @@ class Search:
         adversarial: (n, C, H, W) the image with that perturbation; the clean one where there is none.
         queries: (n,) how often the target was asked about each image.
         first_success: (n,) queries up to the first success, the clean image's among them; 0 where there is none.
+        halfway: (n,) `distances` when half of an image's budget was asked; without a budget as at the beginning.
         unrounded: (n,) as `distances`, of `propose`d images that were not rounded to what can be sent; inf where
             unknown.
+        looked_at: (n,) whether any such image was.
     """
 
     def __init__(
@@ -70,14 +77,16 @@ class Search:
             goal: what a candidate must do; be put into another class than its label, by default.
         """
         self.target = target
-        self.images = target.domain.sent(images)
+        self.images = target.domain.sent(images).clone()
         self.labels = labels
         self.norm = norm
         self._budget = budget
         self._goal = goal or self._misclassified
         n = len(images)
         self.distances = torch.full((n,), torch.inf, dtype=torch.float64)
+        self.halfway = self.distances.clone()
         self.unrounded = self.distances.clone()
+        self.looked_at = torch.zeros(n, dtype=torch.bool)
         self.adversarial = self.images.clone()
         self.queries = torch.zeros(n, dtype=torch.int64)
         self.first_success = torch.zeros(n, dtype=torch.int64)
@@ -99,12 +108,17 @@ class Search:
             epsilon: in the search's norm; None leaves out only what is wrong without a perturbation.
         """
         limit = 0.0 if epsilon is None else epsilon
-        unsettled: Tensor = ~self.fooled(limit) & ~self._spent(self.queries)
-        return unsettled.nonzero().flatten()
+        unsettled = ~self.fooled(limit) & ~self._spent(self.queries)
+        return torch.nonzero(unsettled).flatten()
 
     def fooled(self, epsilon: float) -> Bool[Tensor, " n"]:
         """Return which images the target gets wrong within epsilon."""
         return self.distances <= epsilon + TOLERANCE
+
+    @property
+    def spent(self) -> int:
+        """How many images have no queries left."""
+        return int(self._spent(self.queries).sum())
 
     def ask(self, rows: Int64[Tensor, " k"], candidates: Float32[Tensor, "k c h w"]) -> Float32[Tensor, "k classes"]:
         """Ask the target about candidates, and keep what fools it.
@@ -124,16 +138,14 @@ class Search:
             TargetFailed: see `Target`.
         """
         rows = rows.cpu()
+        candidates = self._finite(rows, candidates)
         may = self._affordable(rows)
-        if len(rows) and not may.any():
+        if may.all():
+            return self._asked(rows, candidates)
+        if not may.any():
             raise BudgetSpent
-        sent = self.target.domain.sent(candidates.detach().to("cpu", torch.float32))
         logits = self._clean[rows]
-        asked = rows[may]
-        answers = torch.from_numpy(self.target(sent[may].contiguous().numpy()))
-        logits[may] = answers
-        self._count(asked)
-        self._keep(asked, sent[may], self._goal(asked, sent[may], answers))
+        logits[may] = self._asked(rows[may], candidates[may])
         return logits
 
     def propose(
@@ -152,28 +164,46 @@ class Search:
         """
         if len(rows) == 0:
             return
-        clipped = candidates.detach().to("cpu", torch.float32).clamp(0, 1)
+        rows = rows.cpu()
+        clipped = self._finite(rows, candidates).clamp(0, 1)
         if self.target.domain.step and unrounded is not None:
-            hit = unrounded(clipped).argmax(dim=1).cpu() != self.labels[rows.cpu()]
-            self._nearer(self.unrounded, rows.cpu()[hit], self._size(rows.cpu(), clipped)[hit])
+            hit = torch.ne(unrounded(clipped).argmax(dim=1).cpu(), self.labels[rows])
+            self._nearer(self.unrounded, rows[hit], self._size(rows, clipped)[hit])
+            self.looked_at[rows] = True
         try:
             self.ask(rows, clipped)
         except BudgetSpent:
             return
 
+    def _asked(self, rows: Int64[Tensor, " k"], candidates: Float32[Tensor, "k c h w"]) -> Float32[Tensor, "k classes"]:
+        sent = self.target.domain.sent(candidates)
+        logits = torch.from_numpy(self.target(sent.contiguous().numpy()))
+        self.queries.scatter_add_(0, rows, torch.ones_like(rows))
+        hit = torch.nonzero(self._goal(rows, sent, logits)).flatten()
+        if len(hit):
+            self._keep(rows, sent, hit)
+        if self._budget is not None:
+            early = rows[2 * self.queries[rows] <= self._budget]
+            self.halfway[early] = self.distances[early]
+        return logits
+
+    def _finite(self, rows: Int64[Tensor, " k"], candidates: Float32[Tensor, "k c h w"]) -> Float32[Tensor, "k c h w"]:
+        """Return candidates on the CPU; values that an attack's own arithmetic lost are those of the clean image."""
+        candidates = candidates.detach().to("cpu", torch.float32)
+        if within(candidates):
+            return candidates
+        return candidates.where(candidates.isfinite(), self.images[rows])
+
     def _size(self, rows: Int64[Tensor, " k"], candidates: Float32[Tensor, "k c h w"]) -> Float64[Tensor, " k"]:
-        difference = (candidates - self.images[rows]).flatten(1).double()
-        match self.norm:
-            case "linf":
-                return difference.abs().amax(dim=1)
-            case "l2":
-                return difference.norm(dim=1)
-            case "l1":
-                return difference.abs().sum(dim=1)
-        return difference.ne(0).sum(dim=1).double()
+        difference = self.images[rows].sub_(candidates).flatten(1)
+        if self.norm == "l0":
+            return torch.count_nonzero(difference, dim=1).double()
+        order = {"linf": torch.inf, "l2": 2, "l1": 1}[self.norm]
+        sizes: Tensor = torch.linalg.vector_norm(difference, ord=order, dim=1, dtype=torch.float64)
+        return sizes
 
     def _misclassified(self, rows: Tensor, _candidates: Tensor, logits: Tensor) -> Tensor:
-        return logits.argmax(dim=1) != self.labels[rows]
+        return torch.ne(logits.argmax(dim=1), self.labels[rows])
 
     def _spent(self, queries: Int64[Tensor, " k"]) -> Bool[Tensor, " k"]:
         return queries >= self._budget if self._budget is not None else torch.zeros_like(queries, dtype=torch.bool)
@@ -183,19 +213,16 @@ class Search:
             return torch.ones(len(rows), dtype=torch.bool)
         return self.queries[rows] + _earlier(rows) < self._budget
 
-    def _count(self, rows: Int64[Tensor, " k"]) -> None:
-        self.queries += torch.bincount(rows, minlength=len(self))
-
-    def _keep(self, rows: Int64[Tensor, " k"], sent: Float32[Tensor, "k c h w"], hit: Bool[Tensor, " k"]) -> None:
-        if not hit.any():
-            return
-        rows, sent = rows[hit], sent[hit]
+    def _keep(self, rows: Int64[Tensor, " k"], sent: Float32[Tensor, "k c h w"], hit: Int64[Tensor, " m"]) -> None:
+        """Keep those of the sent images, at the places that hit, that are nearer than before."""
+        rows = rows[hit]
         fresh = rows[self.distances[rows].isinf()]
         self.first_success[fresh] = self.queries[fresh]
-        sizes = self._size(rows, sent)
+        parts = zip(torch.split(rows, _MEASURED), torch.split(hit, _MEASURED), strict=True)
+        sizes = torch.cat([self._size(some, sent[places]) for some, places in parts])
         self._nearer(self.distances, rows, sizes)
         best = sizes == self.distances[rows]
-        self.adversarial[rows[best]] = sent[best]
+        self.adversarial[rows[best]] = sent[hit[best]]
 
     @staticmethod
     def _nearer(distances: Float64[Tensor, " n"], rows: Int64[Tensor, " k"], sizes: Float64[Tensor, " k"]) -> None:

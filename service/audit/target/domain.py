@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 if TYPE_CHECKING:
     from jaxtyping import Float32
     from torch import Tensor
@@ -29,6 +31,19 @@ class Domain:
         return 1 / _WHITE if self.kind == "uint8" else 0.0
 
     def sent(self, images: Float32[Tensor, "n c h w"]) -> Float32[Tensor, "n c h w"]:
-        """Return images as they arrive: clipped to [0, 1], and rounded half to even where there are grey levels."""
-        clipped = images.clamp(0, 1)
-        return (clipped * _WHITE).round() / _WHITE if self.kind == "uint8" else clipped
+        """Return images as they arrive: clipped to [0, 1], and rounded half to even where there are grey levels.
+
+        Args:
+            images: any numbers; they come back themselves, no copy, where they can be sent as they are.
+        """
+        if self.kind == "uint8":
+            return images.clamp(0, 1).mul_(_WHITE).round_().div_(_WHITE)
+        return images if within(images) else images.clamp(0, 1)
+
+
+def within(images: Float32[Tensor, "n c h w"]) -> bool:
+    """Say whether all values are in [0, 1]; NaN is not. One pass that writes nothing."""
+    if not images.numel():
+        return True
+    low, high = torch.aminmax(images)
+    return bool(low >= 0) and bool(high <= 1)

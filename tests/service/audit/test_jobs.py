@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from protos.audit.v1 import audit_pb2
-from service.audit import assembly
 from service.audit import plan as plans
 from service.audit.auditor import Auditor
+from service.audit.run import finish
 from service.client import Client
 from service.errors import FailedPrecondition, InvalidArgument, NotFound, ServiceError, Unavailable
 from tests.processes import address, running
@@ -33,6 +33,8 @@ model = "digits-int8"
 [data]
 dataset = "digits"
 samples = 150
+[checks]
+samples = 10
 [[attacks]]
 id = "pgd"
 name = "LinfPGD"
@@ -43,7 +45,7 @@ names = ["contrast"]
 [differential]
 reference = "digits"
 """
-SHARDS = 1 + 5 + 3
+SHARDS = 1 + 1 + 5 + 3
 
 
 @pytest.fixture
@@ -94,7 +96,8 @@ def _uninterrupted(digits_models: Repository) -> tuple[list, dict[str, object]]:
     plan = plans.pinned(plans.parse(PLAN), version=1, reference_version=1)
     with Auditor(plan, repository=digits_models) as auditor:
         results = [auditor.run(shard) for shard in auditor.shards]
-        document = json.loads(assembly.assemble(auditor, results, provenance={}).to_json())
+        report = finish(auditor, results, workers=["this one"] * len(results)).report
+        document = json.loads(report.to_json())
         document.pop("provenance")
         return auditor.shards, document
 
@@ -107,14 +110,14 @@ def test_a_cancelled_audit_stops_and_the_worker_takes_the_next(
     waiting = client.submit_audit(PLAN)
     assert client.cancel_audit(waiting.id).state == audit_pb2.AUDIT_STATE_CANCELLED
     with running(tmp_path / "work.log", *_worker(digits_models, tmp_path)) as worker:
-        worker.wait_for(r"begins pgd")
+        worker.wait_for(r"begins sanity checks")
         assert client.cancel_audit(long.id).state == audit_pb2.AUDIT_STATE_CANCELLED
         with pytest.raises(FailedPrecondition, match="cannot be cancelled, it has cancelled"):
             client.cancel_audit(long.id)
         # The shard in flight would take minutes; an audit that is cancelled must not hold up the queue for it.
         worker.stop()
     with running(tmp_path / "work2.log", *_worker(digits_models, tmp_path)):
-        assert [event.shards_done for event in client.watch_audit(short.id)] == [0, 1]
+        assert [event.shards_done for event in client.watch_audit(short.id)] == [0, 1, 2]
     assert [audit.id for audit in client.audits(limit=10)] == [waiting.id, short.id, long.id]
     assert [audit.id for audit in client.audits(limit=1)] == [waiting.id]
     with pytest.raises(FailedPrecondition, match="has no report, it is cancelled"):
@@ -146,7 +149,7 @@ def test_a_second_audit_of_one_plan_sees_the_images_as_they_are_now(
         (tmp_path / "images" / digit).mkdir(parents=True)
         for index in range(3):
             Image.new("RGB", (32, 32)).save(tmp_path / "images" / digit / f"{index}.png")
-    plan = f'[target]\nmodel = "digits"\n[data]\nfolder = "{tmp_path / "images"}"\nsamples = 6\n'
+    plan = f'[target]\nmodel = "digits"\n[data]\nfolder = "{tmp_path / "images"}"\n'
     with running(tmp_path / "work.log", *_worker(digits_models, tmp_path)):
         first = client.submit_audit(plan).id
         list(client.watch_audit(first))

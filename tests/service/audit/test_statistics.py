@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -5,9 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
-from service.audit.statistics import bootstrap_mean, mcnemar
+from export.intervals import wilson
+from service.audit.statistics import (
+    bootstrap_mean,
+    confidence_sequence,
+    holm,
+    mcnemar,
+    median_interval,
+    paired_difference,
+    samples_to_decide,
+)
 
 
 def test_bootstrap_of_independent_cells_has_the_width_of_the_normal_interval() -> None:
@@ -37,11 +47,13 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 40), st.integers(1, 6), st.integers(0, 2**32), st.floats(0.5, 0.999))
-def test_bootstrap_stays_among_the_images(images: int, cells: int, seed: int, confidence: float) -> None:
+def test_bootstrap_bounds_the_mean_within_the_shares_that_there_can_be(
+    images: int, cells: int, seed: int, confidence: float
+) -> None:
     values = np.random.default_rng(seed).random((images, cells)) < 0.5
     lower, upper = bootstrap_mean(values, seed=seed, confidence=confidence, resamples=50)
-    means = values.mean(axis=1)
-    assert means.min() - 1e-12 <= lower <= upper <= means.max() + 1e-12
+    assert -1e-12 <= lower <= values.mean() + 1e-12
+    assert values.mean() - 1e-12 <= upper <= 1 + 1e-12
 
 
 @settings(deadline=None, max_examples=50)
@@ -56,7 +68,9 @@ def test_bootstrap_is_decided_by_its_seed_and_widens_with_confidence(seed: int) 
 
 
 def test_bootstrap_of_agreeing_images_has_no_width() -> None:
-    assert bootstrap_mean(np.ones((10, 5)), seed=0) == (1.0, 1.0)
+    assert bootstrap_mean(np.ones((10, 5)), seed=0) == wilson(10, 10)
+    assert bootstrap_mean(np.zeros((3, 5)), seed=0) == wilson(0, 3)
+    assert bootstrap_mean(np.zeros((10, 1)), seed=0, bounds=(-1, 1))[0] < -0.3
 
 
 @pytest.mark.parametrize(
@@ -120,3 +134,144 @@ def test_mcnemar_refuses_negative_counts(counts: tuple[int, int]) -> None:
 def test_statistics_do_not_need_torch() -> None:
     code = "import sys, service.audit.statistics; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 700))
+def test_paired_difference_leaves_zero_out_when_mcnemars_statistic_is_significant(
+    first_only: int, second_only: int, agreeing: int
+) -> None:
+    n = first_only + second_only + agreeing
+    lower, upper = paired_difference(first_only, second_only, n=n)
+    assert -1 <= lower <= (first_only - second_only) / n <= upper <= 1
+    statistic = (first_only - second_only) ** 2 / max(1, first_only + second_only)
+    if abs(statistic - 1.959964**2) > 1e-3:
+        assert (lower > 0 or upper < 0) == (statistic > 1.959964**2)
+    assert paired_difference(second_only, first_only, n=n) == pytest.approx((-upper, -lower), abs=1e-12)
+
+
+def test_paired_difference_of_one_sided_changes_is_wilsons_upward() -> None:
+    assert paired_difference(0, 0, n=100) == pytest.approx((-wilson(0, 100)[1], wilson(0, 100)[1]))
+    assert paired_difference(30, 0, n=100)[1] == pytest.approx(wilson(30, 100)[1])
+    assert paired_difference(100, 0, n=100)[1] == 1.0
+
+
+def test_paired_difference_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(120, [0.10, 0.03, 0.87], size=1000)
+    intervals = [paired_difference(int(b), int(c), n=120) for b, c, _ in counts]
+    # 950 expected; three standard deviations of a binomial are 21.
+    assert 925 <= sum(lower <= 0.07 <= upper for lower, upper in intervals) <= 975
+
+
+@pytest.mark.parametrize(("first_only", "second_only", "n"), [(-1, 0, 5), (3, 3, 5), (0, 0, 0)])
+def test_paired_difference_refuses_impossible_counts(first_only: int, second_only: int, n: int) -> None:
+    with pytest.raises(ValueError, match="expected counts of at least 0 that n covers"):
+        paired_difference(first_only, second_only, n=n)
+
+
+def test_holm_gives_known_adjustments() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+    assert holm([0.9, 0.6]) == (1.0, 1.0)
+    assert holm([]) == ()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_never_shrinks_a_p_value_and_keeps_their_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(before <= after <= 1 for before, after in zip(p_values, adjusted, strict=True))
+    assert all(after <= min(1.0, len(p_values) * before) for before, after in zip(p_values, adjusted, strict=True))
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_holm_refuses_what_is_no_p_value(value: float) -> None:
+    with pytest.raises(ValueError, match="expected p-values from 0 to 1"):
+        holm([0.5, value])
+
+
+@given(st.integers(1, 300), st.sampled_from([0.8, 0.95, 0.99]))
+def test_median_interval_takes_the_ranks_of_the_binomial_distribution(n: int, confidence: float) -> None:
+    lower, upper = median_interval(list(range(n)), confidence=confidence)
+    rank = stats.binom.ppf((1 - confidence) / 2, n, 0.5)
+    beyond = int(rank) - 1 if stats.binom.cdf(rank, n, 0.5) > (1 - confidence) / 2 else int(rank)
+    assert (lower, upper) == ((-np.inf, np.inf) if beyond < 0 else (beyond, n - 1 - beyond))
+
+
+def test_median_interval_takes_what_is_unknown_for_large() -> None:
+    assert median_interval([0.1, np.inf, 0.2, np.inf, np.inf, 0.3]) == (0.1, np.inf)
+    assert median_interval([1.0] * 5) == (-np.inf, np.inf)
+    with pytest.raises(ValueError, match="expected at least 1 value and no NaN"):
+        median_interval([])
+    with pytest.raises(ValueError, match="expected at least 1 value and no NaN"):
+        median_interval([0.1, np.nan])
+
+
+def test_confidence_sequence_is_where_the_mixtures_capital_is_below_one_over_alpha() -> None:
+    total, n, alpha = 30, 100, 0.05
+    for mean in confidence_sequence(total, n):
+        capital, _ = integrate.quad(
+            lambda theta, mean=mean: (
+                stats.beta.pdf(theta, 0.5, 0.5) * (theta / mean) ** total * ((1 - theta) / (1 - mean)) ** (n - total)
+            ),
+            0.01,
+            0.99,
+        )
+        assert capital == pytest.approx(1 / alpha, rel=1e-4)
+
+
+@given(st.integers(0, 1000), st.data())
+def test_confidence_sequence_is_wider_than_wilson_and_contains_the_mean(n: int, data: st.DataObject) -> None:
+    total = data.draw(st.integers(0, n))
+    lower, upper = confidence_sequence(total, n)
+    assert 0 <= lower <= upper <= 1
+    if n:
+        assert lower <= total / n <= upper
+        assert upper - lower > np.subtract(*wilson(total, n)[::-1])
+    assert confidence_sequence(n - total, n) == pytest.approx((1 - upper, 1 - lower), abs=1e-9)
+
+
+@pytest.mark.parametrize("draw", ["coins", "grey"])
+def test_confidence_sequence_covers_the_truth_at_every_look(draw: str) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random((200, 600)) < 0.2 if draw == "coins" else rng.beta(0.4, 1.6, size=(200, 600))
+    totals = values.cumsum(axis=1)
+    looks = range(20, 601, 20)
+    misses = 0
+    for row in totals:
+        bounds = [confidence_sequence(float(row[n - 1]), n, confidence=0.9) for n in looks]
+        misses += any(not lower <= 0.2 <= upper for lower, upper in bounds)
+    assert misses <= 0.1 * 200
+
+
+@pytest.mark.parametrize(("total", "n"), [(-1, 5), (6, 5), (0, -1)])
+def test_confidence_sequence_refuses_impossible_totals(total: float, n: int) -> None:
+    with pytest.raises(ValueError, match="expected a total from 0 to n"):
+        confidence_sequence(total, n)
+
+
+def test_confidence_sequence_of_nothing_knows_nothing() -> None:
+    assert confidence_sequence(0, 0) == (0.0, 1.0)
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.01, 0.99))
+def test_samples_to_decide_is_the_first_number_at_which_wilson_leaves_the_limit_out(share: float, limit: float) -> None:
+    samples = samples_to_decide(share, limit)
+    if abs(share - limit) < 0.01:
+        return
+    assert samples is not None
+
+    def score(n: int) -> float:
+        return math.sqrt(n / (limit * (1 - limit))) * abs(share - limit)
+
+    assert score(samples) >= 1.959963
+    assert score(samples - 1) <= 1.959965
+
+
+def test_samples_to_decide_agrees_with_the_interval() -> None:
+    # 0.45 against 0.4: 368.8 samples.
+    assert samples_to_decide(0.45, 0.4) == 369
+    assert wilson(162, 360)[0] < 0.4 < wilson(171, 380)[0]
+    assert samples_to_decide(0.4, 0.4) is None
+    with pytest.raises(ValueError, match=r"expected a share and a limit from 0 to 1, got 45 and 0\.4"):
+        samples_to_decide(45, 0.4)

@@ -1,0 +1,1 @@
+"""What the reliability checks measure themselves (service.audit.checks decides)."""
