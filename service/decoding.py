@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value", bound=BaseModel)
 
+# Of numbers, by pydantic's names for them.
+_BOUNDS = {"ge": "at least", "gt": "a number above", "le": "at most", "lt": "a number below"}
+
 
 def decode(text: str, kind: type[Value], *, source: str) -> Value:
     """Decode TOML into a pydantic model.
@@ -49,7 +52,7 @@ def checked(document: dict[str, Any], kind: type[Value], *, source: str, unquote
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        lines = [f"{source}: {_line(detail, unquoted=unquoted)}" for detail in error.errors()]
+        lines = [f"{source}: {_line(detail, unquoted=unquoted)}" for detail in _own(error.errors())]
         raise ValueError("\n".join(lines)) from None
 
 
@@ -76,7 +79,26 @@ def _line(detail: ErrorDetails, *, unquoted: str | None) -> str:
         case "value_error":
             return f"{where}: {detail['ctx']['error']}"
     got = "another value, which may be a secret" if detail["loc"][:1] == (unquoted,) else repr(detail["input"])
-    return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got}"
+    return f"{where}: {_expected(detail)}, got {got}"
+
+
+def _own(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Return the mistakes without those that only follow: a list is too short, for pydantic, without its bad items."""
+    places = [detail["loc"] for detail in details]
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short" or not any(place[:-1] == detail["loc"] for place in places)
+    ]
+
+
+def _expected(detail: ErrorDetails) -> str:
+    """Return what was expected, in the words of all our errors."""
+    for bound, words in _BOUNDS.items():
+        if bound in detail.get("ctx", {}):
+            return f"expected {words} {detail['ctx'][bound]}"
+    message = detail["msg"].removeprefix("Input should be ")
+    return f"expected {message}" if message != detail["msg"] else f"{message[0].lower()}{message[1:]}"
 
 
 def _path(location: tuple[int | str, ...]) -> str:
