@@ -39,7 +39,7 @@ gpu: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/gpu.sh gpu-results
 
 bench: setup
-	for name in startup batching engines export_time int8_ends tenet_cost; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in startup batching engines export_time int8_ends tenet_cost audit; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 serve: setup
 	$(BIN)/tenet serve --repository models

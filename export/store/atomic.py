@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 # How the names of files begin that are being written: what a killed process leaves can be told by it.
@@ -19,6 +19,19 @@ def write(path: Path, content: bytes) -> None:
     """Put a file in its place, in the stead of an earlier one; when it fails, nothing is left beside it."""
     with staged(path, content) as put:
         put()
+
+
+def write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, each as `write` does and in their order, into a folder that is made if it is missing.
+
+    Args:
+        folder: where to.
+        files: contents by name, which may have folders in it.
+    """
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content)
 
 
 @contextmanager

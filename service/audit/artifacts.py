@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from export.store import atomic
 from service.audit import examples, outcomes, page
+from service.audit.report import FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from service.audit.examples import Example
     from service.audit.plan import Plan
@@ -54,18 +53,5 @@ def files(
         "examples.npz": examples.to_npz(shown),
         **{f"examples/{name}": content for name, content in pictures.items()},
         # Written last: where it is, all is there.
-        "report.json": text.encode(),
+        FILE: text.encode(),
     }
-
-
-def write(folder: Path, content: Mapping[str, bytes]) -> None:
-    """Write files into a folder, which is made if it is missing; each is there whole, or as it was before.
-
-    Args:
-        folder: where to.
-        content: by name, as `files` returns it.
-    """
-    for name, data in content.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, data)

@@ -69,6 +69,7 @@ def assemble(
     stopping: Sequential | None = None,
     kept: Sequence[Example] = (),
     error: str = "",
+    refused: Sequence[str] = (),
 ) -> Report:
     """Put the results of an audit's shards together.
 
@@ -84,6 +85,7 @@ def assemble(
         stopping: what looked at the gates after every slice, of a plan that may stop early.
         kept: adversarial images of the shards.
         error: what ended the audit before its end; the report is then partial.
+        refused: why sources of gradients were not used.
 
     Raises:
         ValueError: there is no answer to any clean image.
@@ -122,6 +124,7 @@ def assemble(
         gates=gates,
         warnings=warnings,
         not_checked=checks.not_checked(results),
+        refused_sources=tuple(refused),
         verdict=_verdict(gates, warnings, complete=not error),
         provenance=provenance,
     )

@@ -15,7 +15,7 @@ Norm = Literal["linf", "l2", "l1", "l0"]
 
 # Short numbers only: an exact fraction of 1e99999999 would take for ever.
 _EPSILON = re.compile(r"\d{1,6}(\.\d{1,12})?(e-\d{1,2})?(/[1-9]\d{0,6})?")
-# Queries an image: more than a year of any target.
+# Queries an image: more than any attack asks, and still a number that torch can hold.
 _LARGEST_BUDGET = 1_000_000_000
 # A model of the repository, as `Repository.parse` reads it.
 _REFERENCE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[A-Za-z0-9._-]{1,128})?$"

@@ -28,12 +28,13 @@ from service.audit.target.engine import EngineTarget
 from service.audit.target.opening import open_target
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
     from torch import Tensor
 
-    from export.engines.base import Images, Logits
+    from export.engines.base import Images, Logits, Stored
     from export.repository import Repository, Version
     from service.audit.attack.search import Search
     from service.audit.plan import Attack, Plan
@@ -50,6 +51,9 @@ _POOLS = 2
 
 # Images among which attacks by decisions look for a start: near ones are rare, and each query is counted.
 _POOL = 1000
+
+# Bytes of float32 images that are made at once, of however many an audit has: of 224 x 224 pixels, about 100.
+_CHUNK_BYTES = 64 << 20
 
 # Names of classes in one line of an error.
 _NAMES = 10
@@ -76,7 +80,7 @@ def shards_of(plan: Plan, *, n: int) -> list[Shard]:
 
 
 def pin_threads() -> None:
-    """Let torch use half of this process's CPUs, and leave the other half to the engine."""
+    """Let torch use half of this process's CPUs; the engine has those that it has where it is served."""
     torch.set_num_threads(budget(_POOLS))
 
 
@@ -122,7 +126,7 @@ class Auditor:
             if self.reference_version is not None:
                 self.reference = opening.enter_context(EngineTarget.opened(self.reference_version, device=device))
                 self._check_reference(self.reference, self.reference_version)
-            self._pool = Pool(self.target, torch.from_numpy(self._inputs(slice(_POOL))))
+            self._pool = Pool(self.target, torch.from_numpy(self._inputs(slice(min(_POOL, self._chunk)))))
             self._gradients = Gradients(
                 plan,
                 version=self.version,
@@ -157,10 +161,15 @@ class Auditor:
         Raises:
             TargetFailed: the target gave no answer, or one that is none.
         """
-        started, before = time.perf_counter(), self._queries
+        started, before, answering = time.perf_counter(), self._queries, self.target.seconds
         found = getattr(self, f"_run_{shard.kind}")(shard)
-        queries = self._queries - before
-        return ShardResult(shard=shard, queries=queries, seconds=time.perf_counter() - started, **found)
+        return ShardResult(
+            shard=shard,
+            queries=self._queries - before,
+            seconds=time.perf_counter() - started,
+            answering=self.target.seconds - answering,
+            **found,
+        )
 
     def close(self) -> None:
         """Close target and reference."""
@@ -192,12 +201,17 @@ class Auditor:
             )
 
     @property
+    def refused(self) -> tuple[str, ...]:
+        """Why sources of gradients that the plan wants are not used."""
+        return self._gradients.refused
+
+    @property
     def _queries(self) -> int:
         """What the target was asked without the pool: its questions belong to the process, and to no shard."""
         return self.target.queries - self._pool.queries
 
     def _run_clean(self, _shard: Shard) -> dict[str, Any]:
-        return self._answered(self._inputs(slice(None)))
+        return self._answered(lambda chosen: self.samples.images[chosen])
 
     def _run_checks(self, shard: Shard) -> dict[str, Any]:
         chosen = slice(shard.start, shard.stop)
@@ -213,11 +227,16 @@ class Auditor:
         }
 
     def _run_corruption(self, shard: Shard) -> dict[str, Any]:
-        seeds = [self._seed(shard.subject, shard.severity, int(index)) for index in self.samples.indices]
-        corrupted = corruptions.corrupt(
-            self.samples.images, name=shard.subject, severity=shard.severity, seeds=np.array(seeds, dtype=np.int64)
-        )
-        return self._answered(samples.as_input(corrupted))
+        def corrupted(chosen: slice) -> Stored:
+            seeds = [self._seed(shard.subject, shard.severity, int(index)) for index in self.samples.indices[chosen]]
+            return corruptions.corrupt(
+                self.samples.images[chosen],
+                name=shard.subject,
+                severity=shard.severity,
+                seeds=np.array(seeds, dtype=np.int64),
+            )
+
+        return self._answered(corrupted)
 
     def _run_attack(self, shard: Shard) -> dict[str, Any]:
         attack = self._attacks[shard.subject]
@@ -272,12 +291,30 @@ class Auditor:
             found["reference_adversarial"] = tuple(self.reference.predict(search.adversarial.numpy()).tolist())
         return found
 
-    def _answered(self, images: Images) -> dict[str, Any]:
-        answers = self.target(images)
-        found = {"predictions": tuple(answers.argmax(axis=1).tolist()), "confidences": _confidences(answers)}
-        if self.reference is not None:
-            found["reference_predictions"] = tuple(self.reference.predict(images).tolist())
-        return found
+    @property
+    def _chunk(self) -> int:
+        """Images that are float32 at once: whole batches of the target, and at least one."""
+        channels, height, width = self.target.image_shape
+        fitting = _CHUNK_BYTES // (4 * channels * height * width)
+        return max(1, fitting // self.target.max_batch) * self.target.max_batch
+
+    def _answered(self, stored: Callable[[slice], Stored]) -> dict[str, Any]:
+        """Return what target and reference say to all samples, as `stored` gives them, in chunks."""
+        predictions: list[int] = []
+        confidences: list[float] = []
+        others: list[int] = []
+        for start in range(0, len(self.samples), self._chunk):
+            images = samples.as_input(stored(slice(start, start + self._chunk)))
+            answers = self.target(images)
+            predictions += answers.argmax(axis=1).tolist()
+            confidences += _confidences(answers)
+            if self.reference is not None:
+                others += self.reference.predict(images).tolist()
+        return {
+            "predictions": tuple(predictions),
+            "confidences": tuple(confidences),
+            "reference_predictions": tuple(others),
+        }
 
     def _inputs(self, chosen: slice) -> Images:
         return samples.as_input(self.samples.images[chosen])

@@ -166,7 +166,7 @@ def write_report(plan: str, recorded: list[dict[str, Any]]) -> str:
             error=recorded[-1]["error"],
             audit=audit_id,
         )
-    worker.state.write_report(audit_id, finished.report.to_json(), files=finished.files)
+    worker.state.write_report(audit_id, finished.files)
     return finished.report.verdict
 
 

@@ -29,7 +29,12 @@ def record(results: Sequence[ShardResult], *, workers: Sequence[str], audit: str
         audit: its id, if it was a submitted one.
     """
     shards = [
-        {"shard": result.shard.name, "seconds": round(result.seconds, 3), "worker": name}
+        {
+            "shard": result.shard.name,
+            "seconds": round(result.seconds, 3),
+            "answering": round(result.answering, 3),
+            "worker": name,
+        }
         for result, name in zip(results, workers, strict=True)
     ]
     return {
@@ -39,5 +44,13 @@ def record(results: Sequence[ShardResult], *, workers: Sequence[str], audit: str
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "tenet": VERSION,
+        "latency_ms": _latency_ms(results),
         "shards": shards,
     }
+
+
+def _latency_ms(results: Sequence[ShardResult]) -> float | None:
+    """Return the milliseconds an image that the target took for the clean images, in its largest batches."""
+    clean = [result for result in results if result.shard.kind == "clean" and result.queries]
+    images = sum(result.queries for result in clean)
+    return round(1000 * sum(result.answering for result in clean) / images, 4) if images else None

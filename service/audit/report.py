@@ -18,6 +18,9 @@ from service.audit.gates import Outcome
 
 SCHEMA: Literal["tenet.audit.report/2"] = "tenet.audit.report/2"
 
+# What it is called among the files of an audit.
+FILE = "report.json"
+
 # The dialect that pydantic writes.
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -421,6 +424,7 @@ class Doubt(_Section):
 class Report(_Section):
     """A whole audit; `complete` is false, and `error` says why, where it ended before all of it was measured.
 
+    `refused_sources` says which sources of gradients that the plan wants were not used, and why.
     `not_checked` has the codes of reliability checks that could not be made: that they raised nothing says nothing.
     """
 
@@ -441,6 +445,7 @@ class Report(_Section):
     gates: tuple[GateReport, ...] = ()
     warnings: tuple[Doubt, ...] = ()
     not_checked: tuple[str, ...] = ()
+    refused_sources: tuple[str, ...] = ()
     verdict: Verdict
     provenance: dict[str, object] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from export.store import atomic
 from service.audit import artifacts, assembly, checks, examples, outcomes, provenance
 from service.audit.auditor import Auditor, pin_threads
 from service.audit.measures import Measures
@@ -42,7 +43,7 @@ class Finished:
 
     def write(self, folder: Path) -> None:
         """Write the files into a folder, which is made if it is missing."""
-        artifacts.write(folder, self.files)
+        atomic.write_all(folder, self.files)
 
 
 class Progressing:
@@ -158,6 +159,7 @@ def finish(
         stopping=stopping,
         kept=worst,
         error=error,
+        refused=auditor.refused,
     )
     files = artifacts.files(
         report, plan=auditor.plan, samples=auditor.samples, class_names=class_names, results=results, kept=worst

@@ -75,6 +75,7 @@ class ShardResult(BaseModel):
         shard: which.
         queries: images that the target was asked about, all in all.
         seconds: wall time.
+        answering: of these, seconds in which the target answered.
         predictions: top-1 classes (clean and corrupted images).
         confidences: the softmax probability of the top-1 class, 6 decimals.
         reference_predictions: the reference engine's; () without one.
@@ -99,6 +100,7 @@ class ShardResult(BaseModel):
     shard: Shard
     queries: int
     seconds: float
+    answering: float = 0.0
     predictions: tuple[int, ...] = ()
     confidences: tuple[float, ...] = ()
     reference_predictions: tuple[int, ...] = ()

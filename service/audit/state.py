@@ -1,8 +1,7 @@
 """Where audits are kept: one folder with the job database, the reports and the locks.
 
 <state>/audits.sqlite        DBOS's database: submitted audits, their shards' results, their progress
-<state>/reports/<id>.json    the reports
-<state>/reports/<id>/        all files of an audit (service.audit.artifacts)
+<state>/reports/<id>/        all files of an audit (service.audit.artifacts), report.json last
 <state>/work.lock, up.lock   held by the process that works, or runs everything, on this folder
 """
 
@@ -14,9 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from export.store import atomic
+from service.audit.report import FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 
@@ -33,17 +33,13 @@ class State:
         """The job database, as SQLAlchemy names it."""
         return f"sqlite:///{self.folder / 'audits.sqlite'}"
 
-    def write_report(self, audit: str, content: str, *, files: dict[str, bytes]) -> None:
-        """Store a report, after the files that belong to it: each whole or not at all."""
-        for name, data in files.items():
-            path = self.reports / audit / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(path, data)
-        atomic.write(self.reports / f"{audit}.json", content.encode())
+    def write_report(self, audit: str, files: Mapping[str, bytes]) -> None:
+        """Store the files of an audit, each whole or not at all."""
+        atomic.write_all(self.reports / audit, files)
 
     def read_report(self, audit: str) -> str | None:
         """Return a report, None if there is none."""
-        path = self.reports / f"{audit}.json"
+        path = self.reports / audit / FILE
         return path.read_text() if path.is_file() else None
 
     @contextmanager

@@ -190,6 +190,8 @@ def show_reports(reports: list[Report]) -> None:
         name = finished.target.title
         for warning in finished.warnings:
             console.print(f"{name}: {warning.code}: {warning.explanation}", soft_wrap=True, markup=False)
+        for reason in finished.refused_sources:
+            console.print(f"{name}: no gradients from {reason}", soft_wrap=True, markup=False)
         if finished.not_checked:
             line = f"{name}: not checked: {', '.join(finished.not_checked)}"
             console.print(line, soft_wrap=True, markup=False)

@@ -30,6 +30,7 @@ class Gradients:
     """The sources of all attacks of a plan.
 
     Attributes:
+        refused: why sources of the target's gradients that are wanted are not used.
         surrogates: other models' sources, by the names that the plan has for them.
         of_checks: what the sanity checks take gradients from; none where there are none.
         of_reference: the reference engine's, for attacks that look for disagreement; None without.
@@ -55,6 +56,7 @@ class Gradients:
         self._images = torch.from_numpy(_compared(samples))
         self._origin = version if version is not None else _twin(plan, repository)
         self._own: dict[str, tuple[Source, ...]] = {}
+        self.refused: tuple[str, ...] = ()
         self.surrogates: dict[str, Source] = {}
         for attack in plan.attacks:
             self._find(attack)
@@ -79,7 +81,7 @@ class Gradients:
                 "target.twin, or take an attack by scores or decisions"
             )
         try:
-            return source.sources(
+            found = source.found(
                 self._origin,
                 repository=self._repository,
                 wanted=wanted,
@@ -89,6 +91,8 @@ class Gradients:
             )
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"attacks.{attack}: {error}") from error
+        self.refused += tuple(reason for reason in found.refused if reason not in self.refused)
+        return found.sources
 
     def _of_surrogate(self, name: str, *, attack: str) -> Source:
         if self._repository is None:

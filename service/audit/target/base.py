@@ -5,6 +5,7 @@ images, float32 NCHW in [0, 1] --counted, checked--> logits (n, classes), finite
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Target(ABC):
         domain: what it can be sent.
         batch_sizes: images at once, ascending: those at which it serves; the last is the most that it takes.
         queries: images that it has been asked about.
+        seconds: that it took to answer, all in all.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Target(ABC):
 
     def __init__(self) -> None:
         self.queries = 0
+        self.seconds = 0.0
 
     def __call__(self, images: Images) -> Logits:
         """Return the logits of any number of images.
@@ -55,7 +58,9 @@ class Target(ABC):
             TargetFailed: it does not answer, or the answers are NaN or of another shape.
         """
         self.queries += len(images)
+        started = time.perf_counter()
         answers = self._answer(images)
+        self.seconds += time.perf_counter() - started
         if answers.shape != (len(images), len(self.class_names)):
             raise TargetFailed(
                 f"{self.name}: expected logits of shape ({len(images)}, {len(self.class_names)}), got {answers.shape}"

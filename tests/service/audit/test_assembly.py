@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from export.store import atomic
 from service.audit import artifacts, assembly, examples, outcomes, page, summary
 from service.audit import plan as plans
 from service.audit.measures import Measures
@@ -379,7 +380,7 @@ def test_the_files_of_two_audits_are_the_same(tmp_path: Path) -> None:
             results=results,
             kept=_examples(),
         )
-        artifacts.write(tmp_path / name, content)
+        atomic.write_all(tmp_path / name, content)
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         contents.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
     assert contents[0] == contents[1]

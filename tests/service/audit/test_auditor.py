@@ -11,7 +11,7 @@ import pytest
 from export import publish
 from export.publish import Form
 from export.repository import Repository
-from service.audit import artifacts, page, summary
+from service.audit import page, summary
 from service.audit import plan as plans
 from service.audit.auditor import Auditor, shards_of
 from service.audit.plan import CORRUPTIONS
@@ -158,7 +158,7 @@ def test_a_page_holds_the_numbers_and_nothing_from_elsewhere(audited: Report) ->
 def test_the_files_of_an_audit_hold_every_image_and_the_worst_examples(
     finished: Finished, digits_models: Repository, tmp_path: Path
 ) -> None:
-    artifacts.write(tmp_path, finished.files)
+    finished.write(tmp_path)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "outcomes.csv").read_text())))
     assert len(rows) == 60
     kept = np.load(tmp_path / "examples.npz")
@@ -168,6 +168,44 @@ def test_the_files_of_an_audit_hold_every_image_and_the_worst_examples(
         for clean, adversarial in pairs:
             before, after = auditor.target.predict(np.stack([clean, adversarial]))
             assert before != after
+
+
+def test_what_is_measured_does_not_depend_on_how_many_images_memory_holds(
+    digits_models: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plans.parse(PLAN)
+    with Auditor(plan, repository=digits_models) as auditor:
+        whole = [auditor.run(shard) for shard in auditor.shards if shard.kind in {"clean", "corruption"}]
+        monkeypatch.setattr(auditor.target, "batch_sizes", (1, 7))
+        monkeypatch.setattr("service.audit.auditor._CHUNK_BYTES", 1)
+        again = [auditor.run(result.shard) for result in whole]
+    for one, other in zip(whole, again, strict=True):
+        assert one.predictions == other.predictions
+        assert one.reference_predictions == other.reference_predictions
+
+
+def test_how_fast_the_target_answered_stands_beside_what_else_varies(audited: Report) -> None:
+    latency = audited.provenance["latency_ms"]
+    assert isinstance(latency, float)
+    assert latency > 0
+
+
+def test_what_gradients_are_not_taken_from_is_told(digits_models: Repository, tmp_path: Path) -> None:
+    from export.mapping import Mapping
+    from export.publish import publish_onnx
+
+    repository = Repository(tmp_path)
+    folder = digits_models.find("digits").folder
+    names = digits_models.find("digits").manifest.class_names
+    publish_onnx(folder / "model.onnx", repository=repository, name="theirs", mapping=Mapping(), labels=",".join(names))
+    text = PLAN.split("[corruptions]", maxsplit=1)[0].replace("digits-int8", "theirs")
+    report = run(plans.parse(text), repository=repository).report
+    assert [source.name for source in report.attacks[0].sources] == ["onnx"]
+    assert len(report.refused_sources) == 1
+    assert report.refused_sources[0].startswith("checkpoint: ")
+    assert report.refused_sources[0].removeprefix("checkpoint: ") in page.render([report.to_json()]).replace(
+        "&#39;", "'"
+    )
 
 
 def test_what_a_folder_is_called_cannot_write_html(audited: Report) -> None:
