@@ -119,7 +119,7 @@ class Auditor:
             for attack in plan.attacks:
                 catalogue.check(attack, classes=len(self.target.class_names), image_shape=self.target.image_shape)
                 _check_sendable(attack, step=self.target.domain.step)
-            _check_gates(plan, class_names=self.target.class_names)
+            plan.check_gates(class_names=self.target.class_names)
             self.version = _version(plan, repository)
             self.reference_version = _reference(plan, repository)
             self.reference = None
@@ -337,19 +337,6 @@ def _check_sendable(attack: Attack, *, step: float) -> None:
                 f"attacks.{attack.id}: epsilons: expected at least 1/255, a grey level, since the target is sent 8-bit "
                 f"images, got {epsilon}; raise it"
             )
-
-
-def _check_gates(plan: Plan, *, class_names: tuple[str, ...]) -> None:
-    """Refuse a gate on a class that the target does not know."""
-    known = {(attack.id, epsilon) for attack in plan.attacks for epsilon in attack.epsilons}
-    for name, gate in plan.gates.items():
-        gate.check_subject(
-            name,
-            known,
-            corruptions=plan.corruptions is not None,
-            reference=plan.differential is not None,
-            class_names=class_names,
-        )
 
 
 def _samples(plan: Plan, target: Any) -> samples.Samples:

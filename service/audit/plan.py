@@ -191,12 +191,27 @@ class Plan(Table):
 
     @model_validator(mode="after")
     def _gates_have_subjects(self) -> Self:
+        self.check_gates()
+        return self
+
+    def check_gates(self, *, class_names: tuple[str, ...] | None = None) -> None:
+        """Refuse gates on what this plan does not measure.
+
+        Args:
+            class_names: the target's, once they are known; those that the plan gives, if any, until then.
+
+        Raises:
+            ValueError: a gate names an attack, an epsilon, a comparison or a class that there is not.
+        """
         known = {(attack.id, epsilon) for attack in self.attacks for epsilon in attack.epsilons}
         for name, gate in self.gates.items():
             gate.check_subject(
-                name, known, corruptions=self.corruptions is not None, reference=self.differential is not None
+                name,
+                known,
+                corruptions=self.corruptions is not None,
+                reference=self.differential is not None,
+                class_names=class_names or self.target.labels or None,
             )
-        return self
 
 
 def parse(text: str, *, source: str = "plan") -> Plan:
