@@ -72,4 +72,4 @@ def _say(line: str, *, to: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.end(main())

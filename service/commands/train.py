@@ -46,15 +46,15 @@ def train(
             ended = run(recipes.read(recipe), out=out, device=device, resume=resume, stop=request.made)
     finally:
         processes.leave()
-    if ended is None:
-        raise typer.Exit(request.status)
-    if isinstance(ended, TrainingStopped):
-        typer.echo(str(ended), err=True)
-        raise typer.Exit(request.status)
+    if ended is None or isinstance(ended, TrainingStopped):
+        if ended is not None:
+            typer.echo(str(ended), err=True)
+        processes.end(request.status)
     if as_json:
         typer.echo(json.dumps({"run": str(ended.folder), "test_accuracy": ended.test_accuracy, "sha256": ended.sha256}))
     else:
         console.print(f"{ended.folder}: {ended}", soft_wrap=True, markup=False)
+    processes.end(0)
 
 
 def run(
