@@ -279,7 +279,8 @@ def test_the_largest_batch_is_that_of_the_configuration_where_the_properties_do_
     target = opened()
     assert target.batch_sizes == (1, 2, 3)
     target(np.zeros((7, 3, 4, 5), np.float32))
-    assert [request.inputs[0].shape[0] for request in foreign.asked] == [3, 3, 1]
+    # Several are on their way at once, and may arrive in any order.
+    assert sorted(request.inputs[0].shape[0] for request in foreign.asked) == [1, 3, 3]
 
 
 def test_a_fixed_batch_of_one_is_kept(foreign: Foreign, opened: Open) -> None:
